@@ -1,0 +1,333 @@
+"""A decoder-only language model as a row of blocks, each with linears grouped by the input they share."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from covercal.errors import InputError
+from covercal.recipe import Dtype
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROBE_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Linears of one block that read the same input tensor.
+
+    Attributes
+    ----------
+    block
+        Index of the block.
+    order
+        Position in the block's order of execution.
+    linears
+        Names of the linears, relative to the block.
+    channels
+        Size of the input.
+    """
+
+    block: int
+    order: int
+    linears: tuple[str, ...]
+    channels: int
+
+    @property
+    def name(self) -> str:
+        """Return the site's name: block and the linears that read it."""
+        return f"block {self.block}, input of {', '.join(self.linears)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A loaded decoder.
+
+    Attributes
+    ----------
+    model
+        The transformers model, in evaluation mode.
+    blocks_path
+        Name of the list of blocks inside the model.
+    blocks
+        The blocks in order.
+    sites
+        Every site of every block, in order of execution.
+    """
+
+    model: PreTrainedModel
+    blocks_path: str
+    blocks: tuple[nn.Module, ...]
+    sites: tuple[Site, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the model computes."""
+        return self.model.device
+
+    @property
+    def body(self) -> nn.Module:
+        """Return the model without its language-model head."""
+        body: nn.Module = self.model.get_decoder()
+        return body
+
+    def linear(self, site: Site, name: str) -> nn.Linear:
+        """Return a linear of a site."""
+        module = self.blocks[site.block].get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        return module
+
+    def full_name(self, site: Site, name: str) -> str:
+        """Return the name of a linear inside the model."""
+        return f"{self.blocks_path}.{site.block}.{name}"
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the device for `auto` or a name; `auto` is the first CUDA device, else the CPU.
+
+    Raises
+    ------
+    InputError
+        When the named device is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as cause:
+        raise InputError(
+            f"device {device!r} is not available here ({str(cause).splitlines()[0]}); use auto or cpu."
+        ) from cause
+    return torch.device(device)
+
+
+def load_decoder(folder: Path, dtype: Dtype, device: torch.device, *, trust_remote_code: bool = False) -> Decoder:
+    """Load a safetensors folder and find its blocks and sites.
+
+    Raises
+    ------
+    InputError
+        When it is not a decoder whose blocks are made of linears.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    return make_decoder(model.to(device))
+
+
+def make_decoder(model: PreTrainedModel) -> Decoder:
+    """Find the blocks and sites of a loaded model; puts the model in evaluation mode.
+
+    Raises
+    ------
+    InputError
+        When the blocks cannot be found, or hold weights that are not linears.
+    """
+    model.eval().requires_grad_(False)
+    path, blocks = find_blocks(model)
+    check_blocks(model, blocks)
+    decoder = Decoder(model, path, blocks, ())
+    return Decoder(model, path, blocks, tuple(_trace_sites(decoder)))
+
+
+def describe_linears(folder: Path, *, trust_remote_code: bool = False) -> dict[str, tuple[int, int]]:
+    """Return (outputs, inputs) of every linear in the blocks, by name, without reading any weight.
+
+    Raises
+    ------
+    InputError
+        As `make_decoder`.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    path, blocks = find_blocks(model)
+    check_blocks(model, blocks)
+    return {
+        f"{path}.{index}.{name}": (module.out_features, module.in_features)
+        for index, block in enumerate(blocks)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
+    """Return the name of the list of blocks and the blocks: the largest module list as long as the model is deep.
+
+    Raises
+    ------
+    InputError
+        When there is no such list.
+    """
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [
+        (sum(p.numel() for p in module.parameters()), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if not lists:
+        raise InputError(
+            f"The blocks of {type(model).__name__} cannot be found: no module list has "
+            f"num_hidden_layers = {depth} entries."
+        )
+    _, name, module = max(lists, key=lambda each: each[0])
+    return name, tuple(module)
+
+
+def check_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
+    """Raise when a block has a weight matrix outside `nn.Linear`, which would silently stay unquantised.
+
+    Raises
+    ------
+    InputError
+        Naming the block, the module and its class.
+    """
+    for index, block in enumerate(blocks):
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear):
+                continue
+            for parameter_name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim >= 2:
+                    raise InputError(
+                        f"Block {index} of {type(model).__name__} keeps weights in `{name}.{parameter_name}` "
+                        f"({type(module).__name__}, shape {tuple(parameter.shape)}); "
+                        "covercal quantises nn.Linear layers only."
+                    )
+
+
+def batches(sequences: Sequence[npt.NDArray[np.int32]], tokens: int) -> Iterator[list[int]]:
+    """Yield indices of sequences of one length, at most `tokens` tokens (at least one sequence) together."""
+    by_length: dict[int, list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        by_length.setdefault(len(sequence), []).append(index)
+    for length, members in sorted(by_length.items()):
+        size = max(1, tokens // length)
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
+
+
+def token_tensor(sequences: Sequence[npt.NDArray[np.int32]], device: torch.device) -> Tensor:
+    """Return sequences of one length as int64 (sequences, length)."""
+    return torch.from_numpy(np.stack(sequences).astype(np.int64)).to(device)
+
+
+# --- one block at a time -------------------------------------------------------------------------------------------
+
+BlockArguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@torch.inference_mode()
+def block_inputs(decoder: Decoder, tokens: Tensor) -> tuple[Tensor, list[BlockArguments]]:
+    """Return what enters the first block, and every block's other arguments (masks, positions), without running any.
+
+    Parameters
+    ----------
+    decoder
+        The model.
+    tokens
+        int64 (sequences, length).
+
+    Returns
+    -------
+    hidden
+        (sequences, length, model width).
+    arguments
+        Positional (after the hidden states) and keyword arguments for each block.
+    """
+    entered: list[Tensor] = []
+    arguments: list[BlockArguments] = []
+
+    def pass_through(*positional: Any, **keywords: Any) -> Tensor:
+        hidden = positional[0] if positional else keywords.pop("hidden_states")
+        entered.append(hidden)
+        arguments.append((positional[1:], keywords))
+        return torch.as_tensor(hidden)
+
+    with ExitStack() as stack:
+        for block in decoder.blocks:
+            stack.enter_context(replaced_forward(block, pass_through))
+        decoder.body(input_ids=tokens, use_cache=False)
+    return entered[0], arguments
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `module` run `forward` instead of its own, for a while."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@torch.inference_mode()
+def run_block(block: nn.Module, hidden: Tensor, arguments: BlockArguments) -> Tensor:
+    """Return a block's output hidden states, (sequences, length, model width)."""
+    positional, keywords = arguments
+    output = block(hidden, *positional, **keywords)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _trace_sites(decoder: Decoder) -> Iterator[Site]:
+    """Yield the sites of every block, found by which linears receive the very same tensor in a forward pass."""
+    tokens = torch.zeros((1, PROBE_TOKENS), dtype=torch.int64, device=decoder.device)
+    hidden, arguments = block_inputs(decoder, tokens)
+    for index, block in enumerate(decoder.blocks):
+        seen: list[tuple[Tensor, list[str]]] = []
+        hooks = [
+            module.register_forward_pre_hook(_note_input(seen, name))
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        hidden = run_block(block, hidden, arguments[index])
+        for hook in hooks:
+            hook.remove()
+        for order, (tensor, names) in enumerate(seen):
+            yield Site(index, order, tuple(names), tensor.shape[-1])
+
+
+def _note_input(seen: list[tuple[Tensor, list[str]]], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        for tensor, names in seen:  # tensors are kept, so that memory is not reused and taken for the same
+            if _same_memory(tensor, inputs[0]):
+                names.append(name)
+                return
+        seen.append((inputs[0], [name]))
+
+    return note
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.shape[-1] == b.shape[-1])
+
+
+# --- the head ------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def final_hidden(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """Return what enters the language-model head, (sequences, length, width)."""
+    output = decoder.body(input_ids=tokens, use_cache=False)
+    hidden: Tensor = output[0]
+    return hidden
+
+
+@torch.inference_mode()
+def head_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
+    """Return the model's own logits in float32 for given final hidden states, (sequences, length, vocabulary).
+
+    The body is replaced by one that returns `hidden`, so whatever the model does after it (head, scaling,
+    soft-capping) is the model's own code.
+    """
+    tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    with replaced_forward(decoder.body, lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)):
+        logits: Tensor = decoder.model(input_ids=tokens, use_cache=False).logits
+    return logits.float()

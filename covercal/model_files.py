@@ -1,0 +1,153 @@
+"""Where a model's files are, without loading it: hub id, folder or GGUF file -> paths. Imports no torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from covercal.errors import InputError
+from covercal.recipe import Model
+
+WEIGHTS = "*.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+CONFIGS = ("config.json", "generation_config.json")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """The files of one model.
+
+    Attributes
+    ----------
+    name
+        What people call the model.
+    folder
+        Folder that holds all files.
+    gguf
+        Name of the GGUF file in it, or empty for a safetensors folder.
+    weights, tokenizer
+        The files that decide the model's outputs, and the tokens.
+    """
+
+    name: str
+    folder: Path
+    gguf: str
+    weights: tuple[Path, ...]
+    tokenizer: tuple[Path, ...]
+
+    def config(self) -> dict[str, Any]:
+        """Return `config.json` (empty for GGUF)."""
+        if self.gguf:
+            return {}
+        value: dict[str, Any] = json.loads((self.folder / "config.json").read_bytes())
+        return value
+
+
+def locate_model(model: Model) -> ModelFiles:
+    """Find a model's files; a hub id is downloaded to the hub's own cache (safetensors only).
+
+    Raises
+    ------
+    InputError
+        When nothing is there, the weights are pickles only, or it is not a decoder.
+    """
+    path = Path(model.source)
+    if path.suffix == ".gguf":
+        return _gguf(path)
+    if path.is_dir():
+        return _folder(path, path.name)
+    if path.exists():
+        raise InputError(f"model.source {path} is a file; give a folder with safetensors, a .gguf file or a hub id.")
+    return _folder(_download(model), model.source)
+
+
+def _gguf(path: Path) -> ModelFiles:
+    if not path.is_file():
+        raise InputError(f"model.source: there is no GGUF file {path}.")
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise InputError(
+                f"model.source {path} does not begin as a GGUF file does; is it cut short or another format?"
+            )
+    return ModelFiles(path.stem, path.parent, path.name, (path,), (path,))
+
+
+def _folder(folder: Path, name: str) -> ModelFiles:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model.source {folder} has no config.json; it is not a transformers model folder.")
+    weights = tuple(sorted(folder.glob(WEIGHTS)))
+    if not weights:
+        pickles = [p.name for pattern in PICKLES for p in folder.glob(pattern)]
+        if pickles:
+            raise InputError(
+                f"model.source {folder} holds its weights as pickle ({pickles[0]}), which can run code when "
+                "it is read; convert it to safetensors first."
+            )
+        raise InputError(f"model.source {folder} has no *.safetensors file.")
+    tokenizer = tuple(p for name_ in TOKENIZER if (p := folder / name_).is_file())
+    if not tokenizer:
+        raise InputError(f"model.source {folder} has no tokenizer files (tokenizer.json or tokenizer.model).")
+    files = ModelFiles(name, folder, "", (*(p for c in CONFIGS if (p := folder / c).is_file()), *weights), tokenizer)
+    _check_decoder(files)
+    for each in weights:
+        _check_safetensors(each)
+    return files
+
+
+def _check_decoder(files: ModelFiles) -> None:
+    try:
+        config = files.config()
+    except json.JSONDecodeError as cause:
+        raise InputError(f"{files.folder / 'config.json'} is not valid JSON: {cause}.") from cause
+    names = config.get("architectures") or []
+    is_decoder = any("CausalLM" in name or "LMHead" in name for name in names)
+    if config.get("is_encoder_decoder") or not is_decoder:
+        raise InputError(
+            f"model.source {files.folder} is a {names[0] if names else 'model without an architecture'}, "
+            "not a decoder; covercal quantises causal language models (an architecture that ends in ForCausalLM)."
+        )
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise InputError(f"model.source {files.folder} is quantised already ({method}); give the original model.")
+
+
+def _check_safetensors(path: Path) -> None:
+    """Raise when a safetensors file is shorter than its own header says."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise InputError(f"{path} is cut short: its header does not fit in {size} bytes; fetch the file again.")
+        header = json.loads(stream.read(length))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    wanted = 8 + length + max(ends, default=0)
+    if size != wanted:
+        raise InputError(f"{path} is cut short: {size} bytes instead of {wanted}; fetch the file again.")
+
+
+def _download(model: Model) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [WEIGHTS, *CONFIGS, *TOKENIZER, "model.safetensors.index.json"]
+    if model.trust_remote_code:
+        patterns.append("*.py")
+    try:
+        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
+        raise InputError(
+            f"model.source {model.source!r} is no folder and no GGUF file here, and the hub gave no model of that "
+            f"name: {str(cause).splitlines()[0]}"
+        ) from cause

@@ -1,0 +1,261 @@
+"""The walk over blocks: each site is quantised behind the already quantised prefix, in order of execution."""
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from covercal.decoder import DTYPES, BlockArguments, Decoder, Site, batches, block_inputs, run_block, token_tensor
+from covercal.errors import QuantizationError
+from covercal.gram import GramSum
+from covercal.quantizers.grid import Grid, GridSettings, dequantize, min_max_grid
+from covercal.quantizers.registry import METHODS
+from covercal.quantizers.rounding import Rounded, RoundingSettings, rounder
+from covercal.recipe import Dtype, Quantization
+
+BATCH_TOKENS = 1024
+GPU_BATCH_TOKENS = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLinear:
+    """One quantised linear as a checkpoint keeps it.
+
+    Attributes
+    ----------
+    name
+        Name inside the model.
+    codes
+        uint8 (outputs, inputs), in [0, 2**bits).
+    scale
+        (outputs, groups), in the checkpoint's dtype.
+    zero
+        uint8 (outputs, groups).
+    """
+
+    name: str
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LinearReport:
+    """How well one linear was quantised.
+
+    Attributes
+    ----------
+    output_error
+        ||W X - Q X|| / ||W X|| on the calibration inputs behind the quantised prefix; NaN without calibration.
+    weight_error
+        ||W - Q|| / ||W||.
+    damping, attempts, dead
+        See `Rounded`.
+    seconds
+        Solver time, shared evenly by the linears of a site.
+    """
+
+    name: str
+    outputs: int
+    inputs: int
+    output_error: float
+    weight_error: float
+    damping: float
+    attempts: int
+    dead: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedBlock:
+    """One finished block: its linears, its other weights as the checkpoint keeps them, and the reports."""
+
+    index: int
+    linears: tuple[QuantizedLinear, ...]
+    reports: tuple[LinearReport, ...]
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Calibration sequences of one length on their way through the blocks."""
+
+    hidden: Tensor
+    arguments: list[BlockArguments]
+
+
+def check_group_size(linears: dict[str, tuple[int, int]], group_size: int | None) -> None:
+    """Raise when the group size does not divide the input of some linear.
+
+    Raises
+    ------
+    QuantizationError
+        Naming the first such linear and group sizes that would do.
+    """
+    if group_size is None:
+        return
+    common = math.gcd(*(inputs for _, inputs in linears.values()))
+    for name, (_, inputs) in linears.items():
+        if inputs % group_size:
+            fitting = [size for size in (32, 64, 96, 128, 256) if common % size == 0]
+            raise QuantizationError(
+                f"quantization.group_size {group_size} does not divide the {inputs} inputs of {name}; "
+                f"it must divide {common}" + (f", for example {', '.join(map(str, fitting))}." if fitting else ".")
+            )
+
+
+@torch.inference_mode()
+def quantize_blocks(
+    decoder: Decoder,
+    sequences: Sequence[npt.NDArray[np.int32]],
+    settings: Quantization,
+    storage_dtype: Dtype,
+) -> Iterator[QuantizedBlock]:
+    """Quantise block by block and yield each when it is done; the decoder itself is not changed.
+
+    Parameters
+    ----------
+    decoder
+        The original model.
+    sequences
+        Calibration samples; not used by a method without calibration.
+    settings
+        Method, grid, damping, order.
+    storage_dtype
+        Dtype in which the checkpoint keeps scales and all other weights; they are rounded to it here too, so
+        that later blocks are calibrated behind what the checkpoint will hold.
+
+    Raises
+    ------
+    QuantizationError
+        Naming the linear that cannot be quantised.
+    """
+    calibrated = METHODS[settings.method].calibrated
+    running = _entering_batches(decoder, sequences) if calibrated else []
+    for index, block in enumerate(decoder.blocks):
+        working = copy.deepcopy(block)
+        round_parameters(working, storage_dtype)
+        linears: list[QuantizedLinear] = []
+        reports: list[LinearReport] = []
+        for site in (s for s in decoder.sites if s.block == index):
+            gram = _site_gram(working, site, running) if calibrated else None
+            for linear, report in _quantize_site(decoder, working, site, gram, settings, storage_dtype):
+                linears.append(linear)
+                reports.append(report)
+        for batch in running:
+            batch.hidden = run_block(working, batch.hidden, batch.arguments[index])
+        yield QuantizedBlock(index, tuple(linears), tuple(reports))
+
+
+def round_parameters(module: nn.Module, storage_dtype: Dtype) -> None:
+    """Round all parameters of a module to the checkpoint's dtype, keeping the dtype they compute in."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(DTYPES[storage_dtype]).to(parameter.dtype)
+
+
+def dequantized(linear: QuantizedLinear, dtype: torch.dtype) -> Tensor:
+    """Return the weight as a checkpoint's reader computes it: (codes - zero) * scale in the scale's dtype, then `dtype`."""
+    repeat = linear.codes.shape[1] // linear.scale.shape[1]
+    zero = linear.zero.repeat_interleave(repeat, dim=1).to(torch.int16)
+    scale = linear.scale.repeat_interleave(repeat, dim=1)
+    return ((linear.codes.to(torch.int16) - zero).to(scale.dtype) * scale).to(dtype)
+
+
+def _entering_batches(decoder: Decoder, sequences: Sequence[npt.NDArray[np.int32]]) -> list[_Batch]:
+    limit = BATCH_TOKENS if decoder.device.type == "cpu" else GPU_BATCH_TOKENS
+    entering = []
+    for members in batches(sequences, limit):
+        tokens = token_tensor([sequences[m] for m in members], decoder.device)
+        entering.append(_Batch(*block_inputs(decoder, tokens)))
+    return entering
+
+
+class _InputSeenError(Exception):
+    """Ends a block's forward pass once the site's input has been seen."""
+
+
+def _site_gram(block: nn.Module, site: Site, running: Sequence[_Batch]) -> GramSum:
+    first = block.get_submodule(site.linears[0])
+    gram = GramSum.empty(site.channels, next(block.parameters()).device)
+    for batch in running:
+
+        def note(_: nn.Module, inputs: tuple[Tensor, ...], sequences: int = batch.hidden.shape[0]) -> None:
+            gram.add(inputs[0], sequences)
+            raise _InputSeenError
+
+        hook = first.register_forward_pre_hook(note)
+        try:
+            run_block(block, batch.hidden, batch.arguments[site.block])
+        except _InputSeenError:
+            continue
+        finally:
+            hook.remove()
+    return gram
+
+
+def _quantize_site(
+    decoder: Decoder,
+    block: nn.Module,
+    site: Site,
+    gram: GramSum | None,
+    settings: Quantization,
+    storage_dtype: Dtype,
+) -> Iterator[tuple[QuantizedLinear, LinearReport]]:
+    """Quantise the linears of a site together: rows are independent, so one factorisation serves all."""
+    started = time.perf_counter()
+    modules = [block.get_submodule(name) for name in site.linears]
+    weight = torch.cat([module.weight.double() for module in modules])
+    matrix = gram.gram() if gram is not None else None
+    grid_settings = GridSettings(settings.bits, settings.group_size, settings.symmetric, DTYPES[storage_dtype])
+    rounding = RoundingSettings(settings.damping, settings.activation_order)
+    try:
+        grid = min_max_grid(weight, grid_settings)
+        rounded = rounder(settings.method)(weight, matrix, grid, rounding)
+    except QuantizationError as cause:
+        raise QuantizationError(f"{decoder.full_name(site, site.linears[0])} cannot be quantised: {cause}.") from cause
+    seconds = (time.perf_counter() - started) / len(modules)
+    start = 0
+    for name, module in zip(site.linears, modules, strict=True):
+        rows = slice(start, start + module.weight.shape[0])
+        start = rows.stop
+        linear = QuantizedLinear(
+            decoder.full_name(site, name),
+            rounded.codes[rows].to(torch.uint8),
+            grid.scale[rows].to(DTYPES[storage_dtype]),
+            grid.zero[rows].to(torch.uint8),
+        )
+        report = _report(
+            linear.name, weight[rows], rounded, Grid(grid.scale[rows], grid.zero[rows], grid_settings), rows, matrix
+        )
+        module.weight.data = dequantized(linear, module.weight.dtype)
+        yield linear, LinearReport(**report, seconds=seconds)
+
+
+def _report(
+    name: str, weight: Tensor, rounded: Rounded, grid: Grid, rows: slice, gram: Tensor | None
+) -> dict[str, str | int | float]:
+    error = weight - dequantize(rounded.codes[rows], *grid.columns(weight.shape[1]))
+    return {
+        "name": name,
+        "outputs": weight.shape[0],
+        "inputs": weight.shape[1],
+        "output_error": _relative(_energy(error, gram), _energy(weight, gram)) if gram is not None else math.nan,
+        "weight_error": _relative(error.square().sum(), weight.square().sum()),
+        "damping": rounded.damping,
+        "attempts": rounded.attempts,
+        "dead": rounded.dead,
+    }
+
+
+def _energy(matrix: Tensor, gram: Tensor) -> Tensor:
+    """Return tr(M H M^T), the squared output of M on the inputs of H."""
+    return ((matrix @ gram) * matrix).sum()
+
+
+def _relative(error: Tensor, whole: Tensor) -> float:
+    return math.sqrt(max(float(error), 0.0) / float(whole)) if float(whole) > 0 else 0.0

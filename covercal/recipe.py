@@ -1,0 +1,307 @@
+"""The typed recipe: YAML in, frozen settings out, errors that name the field and the nearest valid name."""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from covercal.errors import InputError
+from covercal.quantizers.registry import METHODS
+from covercal.selectors.registry import SELECTORS
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def one_of(known: Mapping[str, Any], kind: str) -> BeforeValidator:
+    """Return a validator that accepts a registered name and names the nearest one otherwise."""
+
+    def check(value: Any) -> Any:
+        if value not in known:
+            near = difflib.get_close_matches(str(value), list(known), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}."
+            raise ValueError(f"there is no {kind} {value!r}; {hint}")
+        return value
+
+    return BeforeValidator(check)
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and a name that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TextSource(Section):
+    """Texts from a file, a folder of text files, or a data set on the hub."""
+
+    path: str | None = Field(None, description="JSONL, JSONL.gz, Parquet, text file, or folder of text files")
+    hub: str | None = Field(None, description="data set id on the hub, or a local data set folder")
+    config: str | None = Field(None, description="configuration of a hub data set")
+    split: str = Field("train", description="split of a hub data set")
+    revision: str | None = Field(None, description="commit of a hub data set")
+    text: str = Field("text", description="field that holds the text")
+    domain: str | None = Field(None, description="field that holds the domain; without it, the file's name")
+    rows: int | None = Field(None, ge=1, description="read at most so many rows")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either `path` or `hub`")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Return what people call this source."""
+        return str(self.path or self.hub)
+
+
+class Model(Section):
+    """Which decoder, and the dtype it computes in."""
+
+    source: str = Field(description="hub id, folder, or .gguf file")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    dtype: Dtype = Field("bfloat16", description="dtype of weights and activations in every forward pass")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class Pool(Section):
+    """The candidate samples."""
+
+    sources: tuple[TextSource, ...] = Field(min_length=1)
+    sequence_length: int | tuple[int, ...] = Field(
+        256, description="tokens a sample, or a list of lengths that take turns"
+    )
+    packing: Literal["join", "separate"] = Field("join", description="join short texts of one domain, or drop them")
+    samples: int = Field(512, ge=1)
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _positive_lengths(self) -> Self:
+        if not self.lengths or min(self.lengths) < 2:
+            raise ValueError("a sequence length is at least 2 tokens")
+        return self
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Return the lengths that take turns."""
+        return (self.sequence_length,) if isinstance(self.sequence_length, int) else self.sequence_length
+
+
+class Statistics(Section):
+    """What is measured of each sample's activations."""
+
+    sites: Literal["linear_inputs", "block_inputs"] = "linear_inputs"
+    skip_tokens: int = Field(1, ge=0, description="first tokens of a sample that are left out (attention sinks)")
+    shard_samples: int = Field(64, ge=1, description="samples in one cached artifact")
+
+
+class Outliers(Section):
+    """Which channels are outlier channels, and what each weighs."""
+
+    rule: Literal["sigma"] = "sigma"
+    k: float = Field(6.0, gt=0, description="threshold = mean + k standard deviations of |x| at the site")
+    weighting: Literal["full"] = "full"
+
+
+class Selection(Section):
+    """Which samples calibrate."""
+
+    selector: Annotated[str, one_of(SELECTORS, "selector")] = "coverage"
+    budget: int = Field(64, ge=1, description="samples to choose")
+    seed: int = Field(0, ge=0)
+
+
+class Quantization(Section):
+    """How the weights are rounded."""
+
+    method: Annotated[str, one_of(METHODS, "method")] = "gptq"
+    bits: int = Field(4, ge=2, le=8)
+    group_size: int | None = Field(128, ge=1, description="columns that share a scale; null: one scale a row")
+    symmetric: bool = False
+    activation_order: bool = Field(True, description="round the columns with the largest inputs first")
+    damping: float = Field(0.01, ge=0, description="added to the Gram diagonal, relative to its mean")
+    storage_dtype: Dtype | Literal["auto"] = Field(
+        "auto",
+        description="dtype of scales and unquantised weights in the checkpoint; auto: the model's own 16-bit dtype",
+    )
+
+
+class PerplexityText(Section):
+    """A text whose perplexity is measured over whole windows in its own order."""
+
+    path: str
+    window: int = Field(2048, ge=2, description="tokens a window; windows do not overlap")
+    limit: int | None = Field(None, ge=1, description="windows, from the start; null: all")
+
+
+class DivergenceText(TextSource):
+    """Held-out texts on which the original and the quantised model are compared token by token."""
+
+    window: int = Field(512, ge=2, description="tokens a sequence")
+    limit: int = Field(24, ge=1, description="sequences, spread evenly over the domains")
+
+
+class Evaluation(Section):
+    """How the quantised model is judged."""
+
+    perplexity: tuple[PerplexityText, ...] = ()
+    divergence: tuple[DivergenceText, ...] = ()
+
+
+class Recipe(Section):
+    """Everything a run depends on."""
+
+    model: Model
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …; never part of a key")
+    pool: Pool
+    statistics: Statistics = Statistics()
+    outliers: Outliers = Outliers()
+    selection: Selection = Selection()
+    quantization: Quantization = Quantization()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.selection.budget > self.pool.samples:
+            raise ValueError(
+                f"selection.budget ({self.selection.budget}) is larger than pool.samples ({self.pool.samples}); "
+                f"a budget of at most {self.pool.samples} can be chosen"
+            )
+        if self.statistics.skip_tokens >= min(self.pool.lengths):
+            raise ValueError(
+                f"statistics.skip_tokens ({self.statistics.skip_tokens}) leaves nothing of "
+                f"samples of {min(self.pool.lengths)} tokens (pool.sequence_length)"
+            )
+        return self
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `a.b=value` overrides.
+
+    Paths in a recipe are relative to the recipe file's folder; they come back absolute.
+
+    Raises
+    ------
+    InputError
+        Naming the file or the field, and what would be right.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"There is no recipe file {path}.") from None
+    except (OSError, UnicodeDecodeError) as cause:
+        raise InputError(f"Recipe {path} cannot be read: {cause}.") from cause
+    except yaml.YAMLError as cause:
+        raise InputError(f"Recipe {path} is not valid YAML: {cause}") from cause
+    if not isinstance(value, dict):
+        raise InputError(f"Recipe {path} must be a mapping of sections such as `model:` and `pool:`.")
+    for each in overrides:
+        _override(value, each)
+    return parse_recipe(value, path.parent.absolute(), str(path))
+
+
+def parse_recipe(value: Mapping[str, Any], folder: Path, name: str = "recipe") -> Recipe:
+    """Return the recipe in `value`, with paths made absolute against `folder`.
+
+    Raises
+    ------
+    InputError
+        Naming every wrong field and, for an unknown one, the nearest valid name.
+    """
+    try:
+        recipe = Recipe.model_validate(value)
+    except ValidationError as error:
+        lines = [_sentence(dict(each)) for each in error.errors()]
+        raise InputError(f"Recipe {name}: " + "; ".join(lines)) from None
+    return _absolute(recipe, folder)
+
+
+def _override(value: dict[str, Any], assignment: str) -> None:
+    path, equals, text = assignment.partition("=")
+    names = path.strip().split(".")
+    if not equals or not all(names):
+        raise InputError(f"--set {assignment}: write it as section.field=value, for example selection.budget=16.")
+    try:
+        parsed = yaml.safe_load(text)
+    except yaml.YAMLError as cause:
+        raise InputError(f"--set {assignment}: the value is not valid YAML: {cause}") from cause
+    here: Any = value
+    for name in names[:-1]:
+        here = here.setdefault(name, {}) if isinstance(here, dict) else _list_entry(here, name, assignment)
+    if isinstance(here, list):
+        _list_entry(here, names[-1], assignment)
+        here[int(names[-1])] = parsed
+    elif isinstance(here, dict):
+        here[names[-1]] = parsed
+    else:
+        raise InputError(f"--set {assignment}: `{'.'.join(names[:-1])}` is a single value and has no fields.")
+
+
+def _list_entry(here: Any, name: str, assignment: str) -> Any:
+    if isinstance(here, list) and name.isdigit() and int(name) < len(here):
+        return here[int(name)]
+    raise InputError(f"--set {assignment}: there is no `{name}` there; a list entry is named by its number from 0.")
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    location = [part for part in error["loc"] if not _is_union_tag(part)]
+    field = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        names = _valid_names(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), names, n=1)
+        prefix = ".".join(str(p) for p in location[:-1])
+        hint = f"did you mean `{'.'.join(filter(None, [prefix, near[0]]))}`?" if near else f"valid: {', '.join(names)}"
+        return f"there is no field `{field}`; {hint}"
+    if error["type"] == "missing":
+        return f"field `{field}` is required"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    given = "" if isinstance(error["input"], dict | BaseModel) else f" (got {error['input']!r})"
+    return f"`{field}`: {message}{given}" if field else message
+
+
+def _is_union_tag(part: str | int) -> bool:
+    return isinstance(part, str) and (part in ("int", "auto") or part.startswith(("tuple[", "literal[")))
+
+
+def _valid_names(location: Sequence[str | int]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int) or not (isinstance(model, type) and issubclass(model, BaseModel)):
+            continue
+        model = _section_type(model.model_fields[part].annotation)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _section_type(annotation: Any) -> Any:
+    """Return the section inside `tuple[Section, ...]` or `Section | None`, else the annotation."""
+    if typing.get_origin(annotation) in (tuple, typing.Union, types.UnionType):
+        inner = [a for a in typing.get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+        return inner[0] if inner else annotation
+    return annotation
+
+
+def _absolute(recipe: Recipe, folder: Path) -> Recipe:
+    def place(path: str | None) -> str | None:
+        return None if path is None else str((folder / Path(path).expanduser()).absolute())
+
+    def moved(source: Any) -> Any:
+        return source.model_copy(update={"path": place(source.path)})
+
+    model_path = folder / Path(recipe.model.source).expanduser()
+    is_local = model_path.exists() or recipe.model.source.endswith(".gguf")
+    source = str(model_path.absolute()) if is_local else recipe.model.source
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"source": source}),
+            "pool": recipe.pool.model_copy(update={"sources": tuple(map(moved, recipe.pool.sources))}),
+            "evaluation": Evaluation(
+                perplexity=tuple(map(moved, recipe.evaluation.perplexity)),
+                divergence=tuple(map(moved, recipe.evaluation.divergence)),
+            ),
+        }
+    )

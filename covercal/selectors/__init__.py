@@ -1,0 +1,1 @@
+"""Ways to choose calibration samples, one file each."""

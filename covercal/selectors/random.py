@@ -1,0 +1,16 @@
+"""Uniform random choice from the same pool: the rival that every other selector has to beat."""
+
+import numpy as np
+
+from covercal.selectors.registry import Evidence, Order
+
+
+class RandomSelector:
+    """Chooses samples by a seeded permutation of the pool."""
+
+    reads: frozenset[str] = frozenset()
+    seeded = True
+
+    def order(self, evidence: Evidence, extent: int, seed: int) -> Order:
+        """Return the first `extent` entries of the permutation with this seed."""
+        return Order(np.random.default_rng(seed).permutation(evidence.samples)[:extent].astype(np.int64))

@@ -1,0 +1,157 @@
+"""Activation statistics: hooks that reduce each site's input to per-sample, per-channel numbers as it passes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from covercal.decoder import Decoder, Site, batches, token_tensor
+from covercal.errors import ActivationError
+
+BATCH_TOKENS = 1024  # keeps a batch's activations near the processor's caches; a GPU takes more at once
+GPU_BATCH_TOKENS = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationStatistics:
+    """What a set of samples does to every channel of every site, columns in the order of the sites.
+
+    Attributes
+    ----------
+    peak
+        float32 (samples, channels of all sites): max over tokens of |x|.
+    energy
+        float32 (samples, channels of all sites): mean over tokens of x**2, the sample's Gram diagonal.
+    absolute_sum, square_sum
+        float64 (channels of all sites,): sums of |x| and x**2 over all samples and tokens.
+    tokens
+        Tokens that were counted in those sums.
+    """
+
+    peak: npt.NDArray[np.float32]
+    energy: npt.NDArray[np.float32]
+    absolute_sum: npt.NDArray[np.float64]
+    square_sum: npt.NDArray[np.float64]
+    tokens: int
+
+
+def measured_sites(decoder: Decoder, sites: str) -> tuple[Site, ...]:
+    """Return the sites to measure: all (`linear_inputs`), or the first of each block (`block_inputs`, the paper's)."""
+    return tuple(s for s in decoder.sites if sites == "linear_inputs" or s.order == 0)
+
+
+@torch.inference_mode()
+def capture(
+    decoder: Decoder,
+    sequences: Sequence[npt.NDArray[np.int32]],
+    names: Sequence[str],
+    *,
+    sites: str = "linear_inputs",
+    skip_tokens: int = 1,
+    advance: Callable[[int], None] = lambda samples: None,
+) -> ActivationStatistics:
+    """Run the samples through the body of the model once and reduce every site's input.
+
+    Parameters
+    ----------
+    decoder
+        The model; its language-model head does not run.
+    sequences
+        Token ids, one int32 array a sample.
+    names
+        What to call each sample in an error.
+    sites
+        `linear_inputs` or `block_inputs`.
+    skip_tokens
+        First tokens of each sample that do not count (attention sinks fire in every sample).
+    advance
+        Called with the number of samples of each finished batch.
+
+    Raises
+    ------
+    ActivationError
+        When an activation is NaN or infinite; names site and sample.
+    """
+    measured = measured_sites(decoder, sites)
+    ends = np.cumsum([site.channels for site in measured])
+    width = int(ends[-1])
+    peak = np.empty((len(sequences), width), dtype=np.float32)
+    energy = np.empty((len(sequences), width), dtype=np.float32)
+    absolute = np.zeros(width, dtype=np.float64)
+    square = np.zeros(width, dtype=np.float64)
+    tokens = 0
+    limit = BATCH_TOKENS if decoder.device.type == "cpu" else GPU_BATCH_TOKENS
+    for members in batches(sequences, limit):
+        batch = token_tensor([sequences[m] for m in members], decoder.device)
+        counted = batch.shape[1] - skip_tokens
+        reduced = _reduce_batch(decoder, measured, batch, skip_tokens)
+        peak[members], absolute_batch, square_batch = (part.cpu().numpy() for part in reduced)
+        _check_finite(square_batch, measured, ends, [names[m] for m in members])
+        energy[members] = square_batch / counted
+        absolute += absolute_batch.sum(axis=0, dtype=np.float64)
+        square += square_batch.sum(axis=0, dtype=np.float64)
+        tokens += counted * len(members)
+        advance(len(members))
+    return ActivationStatistics(peak, energy, absolute, square, tokens)
+
+
+def column_norms(decoder: Decoder, sites: str = "linear_inputs") -> npt.NDArray[np.float32]:
+    """Return the L2 norm of every weight column over all linears that read the channel, (channels of all sites,)."""
+    norms = []
+    for site in measured_sites(decoder, sites):
+        squares = sum(decoder.linear(site, name).weight.double().square().sum(dim=0) for name in site.linears)
+        norms.append(torch.as_tensor(squares).sqrt().float().cpu().numpy())
+    return np.concatenate(norms)
+
+
+def _reduce_batch(
+    decoder: Decoder, sites: Sequence[Site], batch: Tensor, skip_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return peak, sum of |x| and sum of x**2 over the counted tokens, each float32 (samples, channels)."""
+    parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    hooks = []
+    for position, site in enumerate(sites):
+        hook = _reducer(parts, position, batch.shape, skip_tokens)
+        hooks.append(decoder.linear(site, site.linears[0]).register_forward_pre_hook(hook))
+    try:
+        decoder.body(input_ids=batch, use_cache=False)
+    finally:
+        for each in hooks:
+            each.remove()
+    columns = zip(*(parts[position] for position in range(len(sites))), strict=True)
+    peak, absolute, square = (torch.cat(column, dim=1) for column in columns)
+    return peak, absolute, square
+
+
+def _reducer(
+    parts: dict[int, tuple[Tensor, Tensor, Tensor]], position: int, shape: torch.Size, skip_tokens: int
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    samples, length = shape
+
+    def reduce(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].reshape(samples, length, -1)[:, skip_tokens:]
+        magnitude = x.abs()
+        parts[position] = (
+            magnitude.amax(dim=1).float(),
+            magnitude.sum(dim=1, dtype=torch.float32),
+            torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square(),
+        )
+
+    return reduce
+
+
+def _check_finite(
+    square: npt.NDArray[np.float32], sites: Sequence[Site], ends: npt.NDArray[np.int64], names: Sequence[str]
+) -> None:
+    bad = ~np.isfinite(square)
+    if bad.any():
+        sample, column = (int(i) for i in np.argwhere(bad)[0])
+        position = int(np.searchsorted(ends, column, side="right"))
+        channel = column - int(ends[position] - sites[position].channels)
+        raise ActivationError(
+            f"Activation at {sites[position].name}, channel {channel}, is NaN or infinite for sample {names[sample]}; "
+            "a wider dtype (model.dtype: bfloat16 or float32) usually cures an overflow, not a damaged weight."
+        )

@@ -1,0 +1,1 @@
+"""What runs: the chain of steps, its plan, and the command line."""

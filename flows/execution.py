@@ -1,0 +1,215 @@
+"""Three ways to go through the chain: only look (`Planned`), build in this process (`Direct`), or through Prefect (`Tracked`)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from storage.artifacts import ArtifactStore, Decision, Manifest, Outcome, Ref
+from tasks.cached import ByDigest, Step
+
+WORST_FIRST = ("rebuild", "build", "waits", *(str(d) for d in reversed(Decision)))  # plans first, then runs
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Stands for a value that only exists once the row `label` has run."""
+
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What became, or will become, of one artifact.
+
+    Attributes
+    ----------
+    label
+        Row of the display.
+    stage, key
+        The artifact; no key when it depends on what is not there yet.
+    decision
+        A `Decision`, or for a plan also `build`, `rebuild` or `waits`.
+    reason
+        Why.
+    seconds
+        Time it took.
+    info
+        What the artifact's manifest notes beside its content.
+    """
+
+    label: str
+    stage: str
+    key: str
+    decision: str
+    reason: str
+    seconds: float = 0.0
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Execution(Protocol):
+    """How steps are carried out."""
+
+    store: ArtifactStore
+
+    def run(self, label: str, step: Step, **inputs: Any) -> Any:
+        """Return a reference to the step's artifact, or `Pending`."""
+        ...
+
+    def map(self, label: str, step: Step, inputs: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+        """Return the references of one step for several inputs."""
+        ...
+
+    def read(self, label: str, reader: Callable[..., Any], *refs: Any) -> Any:
+        """Return `reader(store, *refs)`, or `Pending` when a reference has no content yet."""
+        ...
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Keeps every event and tells it to the display."""
+
+    on_start: Callable[[str, int], None] = lambda label, count: None
+    on_event: Callable[[Event], None] = lambda event: None
+    events: list[Event] = field(default_factory=list)
+
+    def add(self, event: Event) -> None:
+        """Keep an event and tell it."""
+        self.events.append(event)
+        self.on_event(event)
+
+
+def pending_label(value: Any) -> str | None:
+    """Return the row that `value` waits for, if any: a `Pending`, or content of an artifact without digest."""
+    if isinstance(value, Pending):
+        return value.label
+    if isinstance(value, ByDigest):
+        if isinstance(value.ref, Pending):
+            return value.ref.label
+        return None if value.ref.digest else value.ref.stage
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        return next((label for each in value if (label := pending_label(each)) is not None), None)
+    return None
+
+
+@dataclass(slots=True)
+class Direct:
+    """Runs every step in this process, without Prefect."""
+
+    store: ArtifactStore
+    recorder: Recorder
+
+    def run(self, label: str, step: Step, **inputs: Any) -> Ref:
+        """Build or find one artifact."""
+        self.recorder.on_start(label, 1)
+        return self._one(label, step, inputs)
+
+    def map(self, label: str, step: Step, inputs: Sequence[Mapping[str, Any]]) -> tuple[Ref, ...]:
+        """Build or find several artifacts, one after the other."""
+        self.recorder.on_start(label, len(inputs))
+        return tuple(self._one(label, step, each) for each in inputs)
+
+    def _one(self, label: str, step: Step, inputs: Mapping[str, Any]) -> Ref:
+        outcome = step.run(self.store, label, inputs)
+        self.recorder.add(event_of(label, outcome))
+        return outcome.ref
+
+    def read(self, label: str, reader: Callable[..., Any], *refs: Any) -> Any:
+        """Read artifacts."""
+        return reader(self.store, *refs)
+
+
+@dataclass(slots=True)
+class Planned:
+    """Looks up every artifact and builds none, but for the light stages named in `builds`.
+
+    Which shards a pool has, and so what is cached of it, is only known once its texts are tokenised; that takes
+    seconds, and the result is kept for the run.
+    """
+
+    store: ArtifactStore
+    recorder: Recorder
+    builds: frozenset[str] = frozenset({"pool", "texts"})
+
+    def run(self, label: str, step: Step, **inputs: Any) -> Ref | Pending:
+        """Find one artifact."""
+        self.recorder.on_start(label, 1)
+        return self._one(label, step, inputs)
+
+    def map(self, label: str, step: Step, inputs: Any) -> tuple[Any, ...] | Pending:
+        """Find several artifacts."""
+        if isinstance(inputs, Pending):
+            return self._waits(label, step, inputs.label)
+        self.recorder.on_start(label, len(inputs))
+        return tuple(self._one(label, step, each) for each in inputs)
+
+    def _one(self, label: str, step: Step, inputs: Mapping[str, Any]) -> Ref | Pending:
+        waits_for = pending_label(inputs)
+        if waits_for is not None:
+            return self._waits(label, step, waits_for)
+        request = step.request(inputs)
+        found = self.store.look_up(request.stage, request.key)
+        if found.manifest is not None:
+            self.recorder.add(event_of(label, hit(found.manifest)))
+            return found.manifest.ref
+        if step.stage in self.builds and all(ref.digest for ref in request.inputs):
+            outcome = step.run(self.store, label, inputs)
+            self.recorder.add(event_of(label, outcome))
+            return outcome.ref
+        reason = found.reason if found.damaged else self.store.explain(request)
+        decision = "rebuild" if found.damaged else "build"
+        self.recorder.add(Event(label, step.stage, request.key, decision, reason))
+        return Ref(step.stage, request.key)
+
+    def _waits(self, label: str, step: Step, waits_for: str) -> Pending:
+        self.recorder.add(Event(label, step.stage, "", "waits", f"depends on {waits_for}, which is not there yet"))
+        return Pending(label)
+
+    def read(self, label: str, reader: Callable[..., Any], *refs: Any) -> Any:
+        """Read artifacts, or say that they are not there yet."""
+        for ref in refs:
+            if isinstance(ref, Pending):
+                return ref
+            if isinstance(ref, Ref) and not ref.digest:
+                return Pending(label)
+        return reader(self.store, *refs)
+
+
+@dataclass(slots=True)
+class Tracked:
+    """Runs every step as a Prefect task; to be used inside a flow."""
+
+    store: ArtifactStore
+    recorder: Recorder
+
+    def run(self, label: str, step: Step, **inputs: Any) -> Ref:
+        """Run one task."""
+        return self.map(label, step, [inputs])[0]
+
+    def map(self, label: str, step: Step, inputs: Sequence[Mapping[str, Any]]) -> tuple[Ref, ...]:
+        """Run mapped tasks; the first failure ends the flow."""
+        from prefect.utilities.annotations import quote, unmapped
+
+        self.recorder.on_start(label, len(inputs))
+        refs = []
+        for future in step.task.map(label=unmapped(label), inputs=[quote(dict(each)) for each in inputs]):
+            outcome: Outcome = future.result()
+            self.recorder.add(event_of(label, outcome))
+            refs.append(outcome.ref)
+        return tuple(refs)
+
+    def read(self, label: str, reader: Callable[..., Any], *refs: Any) -> Any:
+        """Read artifacts."""
+        return reader(self.store, *refs)
+
+
+def hit(manifest: Manifest) -> Outcome:
+    """Return the outcome of finding an artifact."""
+    return Outcome(manifest.ref, Decision.HIT, "in the store", 0.0, manifest.info)
+
+
+def event_of(label: str, outcome: Outcome) -> Event:
+    """Return the event of a finished step."""
+    ref = outcome.ref
+    return Event(label, ref.stage, ref.key, outcome.decision, outcome.reason, outcome.seconds, outcome.info)

@@ -1,0 +1,76 @@
+"""The Prefect flow: the chain as tracked tasks, with the verdict as an artifact on the dashboard."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.runtime import flow_run
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from covercal.recipe import parse_recipe
+from flows.chain import identify, run_chain
+from flows.execution import Recorder, Tracked
+from flows.summary import run_name, selection_lines, stage_rows, summarize
+from tasks.cached import open_store
+
+_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Let flows of this context tell their events to `recorder`."""
+    token = _recorder.set(recorder)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+def _flow_run_name() -> str:
+    return run_name(parse_recipe(flow_run.parameters["recipe"], Path("/")))
+
+
+@flow(
+    name="quantize",
+    flow_run_name=_flow_run_name,
+    task_runner=ThreadPoolTaskRunner(max_workers=1),  # one model on one device; a second task would only wait for it
+    persist_result=False,
+)
+def quantize(recipe: dict[str, Any], until: str = "evaluation") -> dict[str, Any]:
+    """Run a recipe: choose calibration samples, quantise with them, evaluate.
+
+    Parameters
+    ----------
+    recipe
+        The recipe as JSON, paths absolute.
+    until
+        `evaluation` for the whole chain, `selection` to end with the choice of samples.
+    """
+    typed = parse_recipe(recipe, Path("/"))
+    store = open_store()
+    recorder = _recorder.get() or Recorder()
+    chain = run_chain(typed, identify(typed, store), Tracked(store, recorder), until=until)
+    summary = summarize(typed, chain, store)
+    create_markdown_artifact(_markdown(summary, recorder), key="summary", description="Verdict and cache decisions")
+    return summary
+
+
+def _markdown(summary: dict[str, Any], recorder: Recorder) -> str:
+    lines = ["# " + " ".join(selection_lines(summary)[0].split()), ""]
+    if summary.get("evaluation"):
+        lines += ["| text | measure | original | round to nearest | this run |", "|---|---|---:|---:|---:|"]
+    for text in summary.get("evaluation", []):
+        columns = [text[name]["all"] for name in ("original", "nearest", "run")]
+        for measure in ("divergence", "agreement", "perplexity"):
+            if measure in columns[0]:
+                cells = " | ".join(f"{column[measure]:.4f}" for column in columns)
+                lines.append(f"| {text['text']} | {measure} | {cells} |")
+    lines += ["", "| stage | decision | reason | seconds |", "|---|---|---|---:|"]
+    lines += [
+        f"| {r['stage']} | {r['decision']} | {r['reason']} | {r['seconds']} |" for r in stage_rows(recorder.events)
+    ]
+    return "\n".join(lines)

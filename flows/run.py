@@ -1,0 +1,158 @@
+"""Running and planning a recipe from the command line: answer from the store when it has everything, else run the flow."""
+
+import os
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from covercal.recipe import Recipe
+from flows.chain import Chain, Inputs, check_inputs, identify, run_chain
+from flows.display import Display
+from flows.execution import Event, Planned, Recorder
+from flows.summary import stage_rows, summarize
+from storage.artifacts import ArtifactStore
+from storage.runs import RunRecord, StageRecord, new_run_name, write_run
+from tasks.identities import model_folder
+from tasks.progress import listening
+
+PREFECT_SETTINGS = {
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A run that ended well."""
+
+    summary: dict[str, Any]
+    stages: list[dict[str, Any]]
+    record: Path
+    seconds: float
+
+
+def configured_server() -> str:
+    """Return the Prefect server of the environment or of the active Prefect profile; empty when there is none."""
+    if url := os.environ.get("PREFECT_API_URL"):
+        return url
+    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    try:
+        profiles = tomllib.loads((home / "profiles.toml").read_text(encoding="utf-8"))
+    except (FileNotFoundError, tomllib.TOMLDecodeError):
+        return ""
+    active = os.environ.get("PREFECT_PROFILE") or profiles.get("active", "")
+    return str(profiles.get("profiles", {}).get(active, {}).get("PREFECT_API_URL", ""))
+
+
+def plan(
+    recipe: Recipe, store: ArtifactStore, recorder: Recorder, *, until: str = "evaluation"
+) -> tuple[Inputs, Chain]:
+    """Go through the chain without building anything but the token sequences."""
+    inputs = identify(recipe, store)
+    return inputs, run_chain(recipe, inputs, Planned(store, recorder), until=until)
+
+
+def show_plan(
+    recipe: Recipe, store: ArtifactStore, console: Console, *, until: str = "evaluation"
+) -> list[dict[str, Any]]:
+    """Show which stages are cached and which are to do, and why; return the rows."""
+    with Display(recipe, console, planned=True) as display:
+        recorder = Recorder(display.start, display.event)
+        plan(recipe, store, recorder, until=until)
+    return stage_rows(recorder.events)
+
+
+def execute(
+    recipe: Recipe,
+    store: ArtifactStore,
+    console: Console,
+    *,
+    command: str,
+    until: str = "evaluation",
+    verbose: bool = False,
+) -> Finished:
+    """Run a recipe and keep its record.
+
+    With no Prefect server configured, a run that the store can answer is answered from it, and nothing is started.
+    """
+    started, when = time.monotonic(), datetime.now(UTC)
+    planned = Recorder()
+    inputs, chain = plan(recipe, store, planned, until=until)
+    cached = all(event.decision == "hit" for event in planned.events)
+    with Display(recipe, console) as display, listening(display.progress):
+        recorder = Recorder(display.start, display.event)
+        try:
+            if cached and not configured_server():
+                _replay(planned.events, recorder)
+                summary = summarize(recipe, chain, store)
+            else:
+                _check_model(recipe, inputs, store, planned.events)
+                summary = _run_flow(recipe, recorder, until, verbose=verbose)
+        except BaseException as error:
+            _write(store, recipe, command, when, started, "failed", recorder.events, {}, error)
+            raise
+    record = _write(store, recipe, command, when, started, "completed", recorder.events, summary, None)
+    return Finished(summary, stage_rows(recorder.events), record, time.monotonic() - started)
+
+
+def _replay(events: Sequence[Event], recorder: Recorder) -> None:
+    for label in dict.fromkeys(event.label for event in events):
+        mine = [event for event in events if event.label == label]
+        recorder.on_start(label, len(mine))
+        for event in mine:
+            recorder.add(event)
+
+
+def _check_model(recipe: Recipe, inputs: Inputs, store: ArtifactStore, events: Sequence[Event]) -> None:
+    """Check what can be checked of the model before any heavy work; a GGUF file first has to be unpacked."""
+    imported = next((event for event in events if event.label == "model"), None)
+    if imported is None:
+        check_inputs(recipe, inputs, model_folder(store, inputs.model, None))
+    elif imported.decision == "hit":
+        check_inputs(recipe, inputs, store.folder(imported.stage, imported.key))
+
+
+def _run_flow(recipe: Recipe, recorder: Recorder, until: str, *, verbose: bool) -> dict[str, Any]:
+    for name, value in PREFECT_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if not verbose:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
+    from flows.quantize import quantize, recording
+
+    with recording(recorder):
+        summary: dict[str, Any] = quantize(recipe.model_dump(mode="json"), until)
+    return summary
+
+
+def _write(
+    store: ArtifactStore,
+    recipe: Recipe,
+    command: str,
+    when: datetime,
+    started: float,
+    state: str,
+    events: Sequence[Event],
+    summary: dict[str, Any],
+    error: BaseException | None,
+) -> Path:
+    stages = [StageRecord(e.label, e.stage, e.key, str(e.decision), e.reason, e.seconds) for e in events]
+    record = RunRecord(
+        run=new_run_name(),
+        command=command,
+        started=when.isoformat(timespec="seconds"),
+        seconds=round(time.monotonic() - started, 3),
+        state=state,
+        recipe=recipe.model_dump(mode="json"),
+        stages=stages,
+        result=summary,
+        error=f"{type(error).__name__}: {error}" if error is not None else "",
+    )
+    return write_run(store.root, record)

@@ -1,0 +1,1 @@
+"""Where artifacts live: keys, manifests, commits, locks, arrays, tables and run records."""

@@ -1,0 +1,191 @@
+"""The one decorator: a build function becomes a step that is a store lookup first and a Prefect task on request."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+from pydantic import BaseModel
+
+from storage.artifacts import ArtifactStore, Decision, Outcome, Ref, Request
+from tasks.progress import Progress, listening, tell
+
+
+@dataclass(frozen=True, slots=True)
+class ByDigest:
+    """An input that counts in a key by what it holds, not by how it was made."""
+
+    ref: Ref
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What a build function works with.
+
+    Attributes
+    ----------
+    folder
+        Empty; becomes the artifact.
+    store
+        Where the inputs are read.
+    label
+        Row of the display.
+    """
+
+    folder: Path
+    store: ArtifactStore
+    label: str
+
+    def progress(self, total: int, unit: str) -> Callable[[int], None]:
+        """Return a function that is called with the count of newly finished units."""
+        done = 0
+
+        def advance(count: int = 1) -> None:
+            nonlocal done
+            done += count
+            tell(Progress(self.label, done, total, unit))
+
+        tell(Progress(self.label, 0, total, unit))
+        return advance
+
+
+BuildFunction = Callable[..., Mapping[str, Any] | None]
+
+
+class Step:
+    """A cached step. Its keyword inputs are its key material, but for those named in `ignored`.
+
+    Parameters
+    ----------
+    stage, version
+        Name of the artifacts it makes, and a number that rises when its code gives other results.
+    build
+        `build(Build, **inputs)` writes the artifact and returns what the manifest should note beside the content.
+    ignored
+        Inputs that cannot change the result: places, devices.
+    """
+
+    def __init__(self, stage: str, version: int, build: BuildFunction, ignored: frozenset[str]) -> None:
+        self.stage = stage
+        self.version = version
+        self.build = build
+        self.ignored = ignored
+
+    def request(self, inputs: Mapping[str, Any]) -> Request:
+        """Return what `inputs` ask of the store."""
+        keyed = {name: value for name, value in inputs.items() if name not in self.ignored}
+        material = {name: key_material(value) for name, value in keyed.items()}
+        return Request(self.stage, self.version, material, tuple(references(inputs)))
+
+    def run(self, store: ArtifactStore, label: str, inputs: Mapping[str, Any]) -> Outcome:
+        """Return the artifact of `inputs`, built if it has to be."""
+        return store.build_once(self.request(inputs), lambda folder: self.build(Build(folder, store, label), **inputs))
+
+    @cached_property
+    def task(self) -> Any:
+        """Return the Prefect task of this step: `task(label, inputs)` ends in state `Cached` on a hit."""
+        from prefect import task
+        from prefect.cache_policies import NO_CACHE
+        from prefect.states import Completed, State
+
+        def run_step(label: str, inputs: Mapping[str, Any]) -> State[Outcome]:
+            with listening(_dashboard_progress(label)):
+                outcome = self.run(open_store(), label, inputs)
+            name = "Cached" if outcome.decision is Decision.HIT else "Completed"
+            return Completed(name=name, message=f"{outcome.decision}: {outcome.reason}", data=outcome)
+
+        return task(
+            run_step,
+            name=self.stage,
+            task_run_name=f"{self.stage} {{label}}",
+            cache_policy=NO_CACHE,
+            persist_result=False,
+        )
+
+
+def cached(stage: str, version: int, *, ignored: tuple[str, ...] = ()) -> Callable[[BuildFunction], Step]:
+    """Turn a build function into a step of `stage`; see `Step`."""
+
+    def wrap(build: BuildFunction) -> Step:
+        return Step(stage, version, build, frozenset(ignored))
+
+    return wrap
+
+
+def open_store() -> ArtifactStore:
+    """Return the store in `COVERCAL_CACHE`, by default the user's cache folder."""
+    place = os.environ.get("COVERCAL_CACHE")
+    return ArtifactStore(Path(place) if place else user_cache_path("covercal"))
+
+
+def key_material(value: Any) -> Any:
+    """Return `value` as the plain JSON that goes into a key.
+
+    An object with a method `key_material` speaks for itself; an artifact stands for its key, or its content
+    under `ByDigest`. A path is refused: where a thing lies never decides what it is.
+
+    Raises
+    ------
+    TypeError
+        For anything else.
+    """
+    if isinstance(value, ByDigest):
+        return {"stage": value.ref.stage, "digest": value.ref.digest}
+    if isinstance(value, Ref):
+        return {"stage": value.stage, "key": value.key}
+    if hasattr(value, "key_material"):
+        return key_material(value.key_material())
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: key_material(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): key_material(each) for name, each in value.items()}
+    if isinstance(value, tuple | list):
+        return [key_material(each) for each in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise TypeError(f"{type(value).__name__} cannot be part of a key")
+
+
+def references(value: Any) -> Iterator[Ref]:
+    """Yield every artifact that occurs in `value`."""
+    if isinstance(value, ByDigest):
+        yield value.ref
+    elif isinstance(value, Ref):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from references(each)
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from references(each)
+
+
+def _dashboard_progress(label: str) -> Callable[[Progress], None]:
+    """Return a listener that shows a task's progress on the Prefect dashboard, at most once a second."""
+    import time
+
+    from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+    artifact: Any = None
+    last = 0.0
+
+    def show(progress: Progress) -> None:
+        nonlocal artifact, last
+        now = time.monotonic()
+        if progress.label != label or progress.total < 2:
+            return
+        percent = 100.0 * progress.done / progress.total
+        if artifact is None:
+            artifact = create_progress_artifact(percent, description=f"{label}: {progress.total} {progress.unit}")
+        elif now - last >= 1.0 or progress.done >= progress.total:
+            update_progress_artifact(artifact, percent)
+        else:
+            return
+        last = now
+
+    return show

@@ -1,0 +1,115 @@
+"""Stages `reference` and `evaluation`: the original model's outputs on a text, and a checkpoint's scores against them."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.arrays import read_array, write_array
+from storage.artifacts import ArtifactStore, Ref
+from tasks.cached import Build, ByDigest, cached
+from tasks.identities import ModelIdentity
+from tasks.model import original_decoder
+from tasks.pool import sample_columns, sample_tokens
+
+if TYPE_CHECKING:
+    from covercal.evaluation import SequenceScores
+    from covercal.recipe import Dtype
+
+LOSSES = "losses.zarr"
+HIDDEN = "hidden.zarr"
+SCORES = "scores.json"
+
+
+@cached("reference", version=1, ignored=("imported", "device"))
+def reference_text(
+    build: Build,
+    *,
+    model: ModelIdentity,
+    imported: Ref | None,
+    texts: ByDigest,
+    keep_hidden: bool,
+    dtype: "Dtype",
+    device: str,
+) -> dict[str, Any]:
+    """Run the original model over an evaluation text once; keep its losses, and what enters its head."""
+    from covercal.evaluation import SequenceScores, reference_outputs
+
+    decoder = original_decoder(build.store, model, imported, dtype, device)
+    sequences = sample_tokens(build.store, texts.ref)
+    found = reference_outputs(
+        decoder, sequences, keep_hidden=keep_hidden, advance=build.progress(len(sequences), "sequences")
+    )
+    write_array(build.folder / LOSSES, found.losses)
+    if found.hidden is not None:
+        write_array(build.folder / HIDDEN, found.hidden)
+    scores = [
+        SequenceScores(row.size, float(row.mean(dtype=np.float64)), *((0.0, 1.0) if keep_hidden else ()))
+        for row in found.losses
+    ]
+    _write_scores(build, texts.ref, scores)
+    return {"tokens": int(found.losses.size)}
+
+
+@cached("evaluation", version=1, ignored=("imported", "device"))
+def evaluate_text(
+    build: Build,
+    *,
+    checkpoint: ByDigest,
+    model: ModelIdentity,
+    imported: Ref | None,
+    texts: ByDigest,
+    reference: Ref | None,
+    dtype: "Dtype",
+    device: str,
+) -> dict[str, Any]:
+    """Load a checkpoint the way its users will, and score it on one text."""
+    from covercal.decoder import load_decoder, pick_device
+    from covercal.evaluation import score
+
+    original = original_decoder(build.store, model, imported, dtype, device)
+    quantized = load_decoder(build.store.path(checkpoint.ref), dtype, pick_device(device))
+    sequences = sample_tokens(build.store, texts.ref)
+    hidden = _hidden(build.store.path(reference)) if reference is not None else None
+    scores = score(quantized, original, sequences, hidden, advance=build.progress(len(sequences), "sequences"))
+    _write_scores(build, texts.ref, scores)
+    return {"tokens": sum(s.tokens for s in scores)}
+
+
+def _hidden(folder: Path) -> npt.NDArray[np.float32]:
+    return np.asarray(read_array(folder / HIDDEN), dtype=np.float32)
+
+
+def read_scores(store: ArtifactStore, ref: Ref) -> dict[str, Any]:
+    """Return the scores of a `reference` or `evaluation` artifact: over all sequences (`all`) and by domain."""
+    value: dict[str, Any] = json.loads((store.path(ref) / SCORES).read_bytes())
+    return value
+
+
+def _write_scores(build: Build, texts: Ref, scores: "list[SequenceScores]") -> None:
+    domains = sample_columns(build.store, texts, "domain")["domain"]
+    groups = {name: [s for s, d in zip(scores, domains, strict=True) if d == name] for name in sorted(set(domains))}
+    value = {"all": _summary(scores), "domains": {name: _summary(group) for name, group in groups.items()}}
+    (build.folder / SCORES).write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def _summary(scores: "list[SequenceScores]") -> dict[str, Any]:
+    from covercal.evaluation import mean_and_error, perplexity
+
+    summary: dict[str, Any] = {
+        "sequences": len(scores),
+        "tokens": sum(s.tokens for s in scores),
+        "perplexity": perplexity(scores),
+    }
+    if not math.isnan(scores[0].divergence):
+        for name, values in (
+            ("divergence", [s.divergence for s in scores]),
+            ("agreement", [s.agreement for s in scores]),
+        ):
+            mean, error = mean_and_error(values)
+            summary[name] = mean
+            summary[f"{name}_error"] = None if math.isnan(error) else error
+    return summary

@@ -1,0 +1,144 @@
+"""Who is who: models, tokenizers and texts by content, found without loading them."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from covercal.errors import InputError
+from covercal.model_files import locate_model
+from covercal.pool import source_files
+from covercal.recipe import DivergenceText, Model, PerplexityText, TextSource
+from storage.artifacts import ArtifactStore, Ref
+from storage.keys import FileHashes, content_digest, hash_tagged
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """A model by the content of its weights.
+
+    Attributes
+    ----------
+    name
+        What people call it.
+    weights, tokenizer
+        sha256 over the files that decide its outputs, and its tokens.
+    folder, gguf
+        Where it lies; `gguf` is empty for a safetensors folder.
+    dtype
+        Dtype of the weights as they are stored.
+    trust_remote_code
+        Whether Python code that comes with it may run.
+    """
+
+    name: str
+    weights: str
+    tokenizer: str
+    folder: str
+    gguf: str
+    dtype: str
+    trust_remote_code: bool
+
+    def key_material(self) -> dict[str, str]:
+        """Return the weights' fingerprint."""
+        return {"weights": self.weights}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerIdentity:
+    """The tokenizer of a model, by the content of its files."""
+
+    model: ModelIdentity
+
+    def key_material(self) -> dict[str, str]:
+        """Return the tokenizer's fingerprint."""
+        return {"files": self.model.tokenizer}
+
+
+@dataclass(frozen=True, slots=True)
+class TextIdentity:
+    """A source of texts by its content."""
+
+    source: TextSource
+    content: str
+
+    def key_material(self) -> dict[str, Any]:
+        """Return the content's fingerprint and how rows are read; of the path only the name, which names domains."""
+        fields = self.source.model_dump(include={"hub", "config", "split", "text", "domain", "rows"}, exclude_none=True)
+        if self.source.path is not None:
+            fields = {**fields, "name": Path(self.source.path).name}
+            fields.pop("split", None)
+        return {"content": self.content, **fields}
+
+
+def file_hashes(store: ArtifactStore) -> FileHashes:
+    """Return the store's memory of file hashes."""
+    return FileHashes(store.root / "hashes")
+
+
+def identify_model(model: Model, store: ArtifactStore) -> ModelIdentity:
+    """Find a model and fingerprint its files.
+
+    Raises
+    ------
+    InputError
+        When it is not there, or nothing that covercal can quantise.
+    """
+    files = locate_model(model)
+    hashes = file_hashes(store)
+    config = files.config()
+    return ModelIdentity(
+        name=files.name,
+        weights=hashes.combined(files.weights, files.folder),
+        tokenizer=hashes.combined(files.tokenizer, files.folder),
+        folder=str(files.folder),
+        gguf=files.gguf,
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def identify_text(source: TextSource, store: ArtifactStore) -> TextIdentity:
+    """Fingerprint a source of texts: the content of local files, the commit of a hub data set.
+
+    Raises
+    ------
+    InputError
+        When it is not there.
+    """
+    if source.hub is not None and not Path(source.hub).is_dir():
+        return TextIdentity(source, hash_tagged("hub", _dataset_commit(source).encode()))
+    root = Path(str(source.path or source.hub))
+    files = sorted(p for p in root.rglob("*") if p.is_file()) if source.hub else source_files(source)
+    hashes = file_hashes(store)
+    base = root if root.is_dir() else root.parent
+    return TextIdentity(source, content_digest({f.relative_to(base).as_posix(): hashes.sha256(f) for f in files}))
+
+
+def identify_evaluation_text(text: DivergenceText | PerplexityText, store: ArtifactStore) -> TextIdentity:
+    """Fingerprint an evaluation text."""
+    if isinstance(text, PerplexityText):
+        source = TextSource(path=text.path)
+    else:
+        source = TextSource.model_validate(text.model_dump(include=set(TextSource.model_fields)))
+    return identify_text(source, store)
+
+
+def model_folder(store: ArtifactStore, model: ModelIdentity, imported: Ref | None) -> Path:
+    """Return the safetensors folder of a model: its own, or the one that a GGUF file was unpacked to."""
+    return store.path(imported) if imported is not None else Path(model.folder)
+
+
+def _dataset_commit(source: TextSource) -> str:
+    if source.revision and re.fullmatch(r"[0-9a-f]{40}", source.revision):
+        return source.revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return str(HfApi().dataset_info(str(source.hub), revision=source.revision).sha)
+    except (HfHubHTTPError, HFValidationError, OSError) as cause:
+        raise InputError(
+            f"Data set {source.hub!r} is no folder here and the hub did not tell its commit "
+            f"({str(cause).splitlines()[0]}); offline, give `revision` as a full commit of a data set that is cached."
+        ) from cause

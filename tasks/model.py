@@ -1,0 +1,90 @@
+"""Stage `model`: a GGUF file unpacked to a safetensors folder once; and loaded models, shared within a process."""
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from covercal.errors import InputError
+from storage.artifacts import ArtifactStore, Ref
+from tasks.cached import Build, cached
+from tasks.identities import ModelIdentity, model_folder
+
+if TYPE_CHECKING:
+    from covercal.decoder import Decoder
+    from covercal.recipe import Dtype
+
+_loaded: dict[tuple[str, str, str], "Decoder"] = {}
+_loading = threading.Lock()
+
+
+@cached("model", version=1)
+def import_model(build: Build, *, model: ModelIdentity) -> dict[str, Any]:
+    """Dequantise a GGUF file to float32 safetensors, with its configuration and tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet_transformers()
+    advance = build.progress(3, "parts")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.folder, gguf_file=model.gguf)
+        advance(1)
+        loaded = AutoModelForCausalLM.from_pretrained(model.folder, gguf_file=model.gguf, dtype=torch.float32)
+    except (ValueError, KeyError, IndexError, OSError, NotImplementedError) as cause:
+        raise InputError(
+            f"model.source {Path(model.folder) / model.gguf} cannot be read as a GGUF model: "
+            f"{str(cause).splitlines()[0] if str(cause) else type(cause).__name__}; is the file cut short?"
+        ) from cause
+    advance(1)
+    del loaded.config.quantization_config
+    loaded.hf_quantizer = None
+    loaded.config._name_or_path = model.name
+    loaded.save_pretrained(build.folder)
+    tokenizer.save_pretrained(build.folder)
+    advance(1)
+    return {"dequantised_from": gguf_type(Path(model.folder) / model.gguf)}
+
+
+def gguf_type(path: Path) -> str:
+    """Return how most weights of a GGUF file are stored, such as `Q4_1`."""
+    from gguf import GGUFReader, LlamaFileType
+
+    field = GGUFReader(path).get_field("general.file_type")
+    return LlamaFileType(int(field.contents())).name.removeprefix("MOSTLY_") if field is not None else "GGUF"
+
+
+def original_decoder(
+    store: ArtifactStore, model: ModelIdentity, imported: Ref | None, dtype: "Dtype", device: str
+) -> "Decoder":
+    """Return the original model, loaded at most once per process; callers must not change it."""
+    from covercal.decoder import load_decoder, pick_device
+
+    quiet_transformers()
+    where = pick_device(device)
+    key = (model.weights, dtype, str(where))
+    with _loading:
+        if key not in _loaded:
+            _loaded.clear()
+            folder = model_folder(store, model, imported)
+            _loaded[key] = load_decoder(folder, dtype, where, trust_remote_code=model.trust_remote_code)
+        return _loaded[key]
+
+
+def load_tokenizer(store: ArtifactStore, model: ModelIdentity, imported: Ref | None) -> Any:
+    """Return the model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    quiet_transformers()
+    return AutoTokenizer.from_pretrained(
+        model_folder(store, model, imported), trust_remote_code=model.trust_remote_code, local_files_only=True
+    )
+
+
+def quiet_transformers() -> None:
+    """Keep the libraries' own bars and warnings out of the display: steps report their progress themselves.
+
+    A text longer than the model's context, for one, is cut into samples; no warning is needed.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

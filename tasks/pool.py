@@ -1,0 +1,148 @@
+"""Stages `pool` and `texts`: token sequences to choose from, and to be judged on."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from covercal.errors import InputError
+from covercal.pool import Counts, Sample, pack, spread_over_domains, unique_documents, windows
+from covercal.recipe import DivergenceText, PerplexityText
+from storage.artifacts import ArtifactStore, Ref
+from storage.tables import read_table, write_table
+from tasks.cached import Build, cached
+from tasks.identities import TextIdentity, TokenizerIdentity
+from tasks.model import load_tokenizer
+
+SAMPLES = "samples.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class DivergenceSettings:
+    """How held-out sequences are cut."""
+
+    window: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class PerplexitySettings:
+    """How the windows of one text are cut; `limit` None means all."""
+
+    window: int
+    limit: int | None
+
+
+@cached("pool", version=1, ignored=("imported",))
+def make_pool(
+    build: Build,
+    *,
+    sources: tuple[TextIdentity, ...],
+    tokenizer: TokenizerIdentity,
+    imported: Ref | None,
+    lengths: tuple[int, ...],
+    packing: str,
+    samples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Read, tokenise and pack the candidate samples."""
+    counts = Counts()
+    documents = unique_documents([each.source for each in sources], counts)
+    if not documents:
+        names = ", ".join(each.source.name for each in sources)
+        raise InputError(f"The pool is empty: pool.sources ({names}) hold no text.")
+    encoder = load_tokenizer(build.store, tokenizer.model, imported)
+    advance = build.progress(samples, "samples")
+    packed = []
+    for sample in islice(pack(documents, encoder, lengths, packing=packing, seed=seed, counts=counts), samples):
+        packed.append(sample)
+        counts.domains[sample.domain] = counts.domains.get(sample.domain, 0) + 1
+        advance(1)
+    if len(packed) < samples:
+        raise InputError(_too_few(len(packed), samples, lengths, packing, counts))
+    write_samples(build, packed, encoder)
+    return asdict(counts)
+
+
+@cached("texts", version=1, ignored=("imported",))
+def make_texts(
+    build: Build,
+    *,
+    source: TextIdentity,
+    tokenizer: TokenizerIdentity,
+    imported: Ref | None,
+    settings: DivergenceSettings | PerplexitySettings,
+) -> dict[str, Any]:
+    """Tokenise an evaluation text: windows in their order, or sequences spread over the domains."""
+    counts = Counts()
+    documents = unique_documents([source.source], counts)
+    encoder = load_tokenizer(build.store, tokenizer.model, imported)
+    if isinstance(settings, PerplexitySettings):
+        text = "\n\n".join(document.text for document in documents)
+        chosen = windows(text, encoder, settings.window, settings.limit, source.source.name.rsplit("/", 1)[-1])
+    else:
+        every = pack(documents, encoder, (settings.window,), packing="join", seed=0, counts=counts)
+        chosen = spread_over_domains(every, settings.limit)
+    if not chosen:
+        raise InputError(
+            f"Evaluation text {source.source.name} is shorter than one window of {settings.window} tokens; "
+            "give a longer text or a smaller `window`."
+        )
+    for sample in chosen:
+        counts.domains[sample.domain] = counts.domains.get(sample.domain, 0) + 1
+    write_samples(build, chosen, encoder)
+    return asdict(counts)
+
+
+def text_settings(text: DivergenceText | PerplexityText) -> DivergenceSettings | PerplexitySettings:
+    """Return the part of a recipe's evaluation text that decides its sequences."""
+    if isinstance(text, PerplexityText):
+        return PerplexitySettings(text.window, text.limit)
+    return DivergenceSettings(text.window, text.limit)
+
+
+def write_samples(build: Build, samples: Sequence[Sample], tokenizer: Any) -> None:
+    """Write samples as Parquet: sample, domain, origins, length, digest, tokens, text."""
+    tokens = [sample.tokens for sample in samples]
+    columns = {
+        "sample": pa.array(range(len(samples)), pa.int32()),
+        "domain": pa.array([s.domain for s in samples]),
+        "origins": pa.array([list(s.origins) for s in samples], pa.list_(pa.string())),
+        "length": pa.array([len(t) for t in tokens], pa.int32()),
+        "digest": pa.array([s.digest for s in samples]),
+        "tokens": pa.array(tokens, pa.list_(pa.int32())),
+        "text": pa.array([tokenizer.decode(t.tolist()) for t in tokens]),
+    }
+    write_table(build.folder / SAMPLES, columns)
+
+
+def sample_columns(store: ArtifactStore, ref: Ref, *names: str) -> dict[str, list[Any]]:
+    """Return columns of a pool (or of evaluation texts) as lists."""
+    table = read_table(store.path(ref) / SAMPLES, names)
+    return {name: table[name].to_pylist() for name in names}
+
+
+def sample_tokens(store: ArtifactStore, ref: Ref) -> list[npt.NDArray[np.int32]]:
+    """Return the token ids of every sample, int32 (length,) each."""
+    column = read_table(store.path(ref) / SAMPLES, ["tokens"])["tokens"].combine_chunks()
+    values = column.values.to_numpy()
+    offsets = column.offsets.to_numpy()
+    return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def _too_few(found: int, wanted: int, lengths: tuple[int, ...], packing: str, counts: Counts) -> str:
+    size = f"{lengths[0]} tokens" if len(lengths) == 1 else f"{min(lengths)} to {max(lengths)} tokens"
+    short = (
+        f"; {counts.too_short} texts were too short (pool.packing: join would use them)"
+        if packing == "separate"
+        else ""
+    )
+    return (
+        f"The texts give {found} samples of {size}, and pool.samples asks for {wanted}: "
+        f"{counts.documents} texts read, {counts.duplicates} duplicates and {counts.empty} empty ones dropped{short}. "
+        "Lower pool.samples or pool.sequence_length, or add texts."
+    )
