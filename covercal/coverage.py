@@ -73,7 +73,9 @@ def greedy_cover(coverage: BoolMatrix, weights: Floats, budget: int) -> Cover:
     uncovered = np.ones(coverage.shape[1], dtype=bool)
     first_fixed, first_gain = channels.gains(weights, uncovered, left)
     fixed, gain = first_fixed, first_gain.copy()
-    order, gains, rounds = [], [], []
+    order: list[int] = []
+    gains: list[float] = []
+    rounds: list[int] = []
     current = 0
     while len(order) < budget:
         best = int(np.argmax(gain))

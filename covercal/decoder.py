@@ -71,7 +71,7 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         """Return where the model computes."""
-        return self.model.device
+        return torch.device(self.model.device)
 
     @property
     def body(self) -> nn.Module:
@@ -81,13 +81,19 @@ class Decoder:
 
     def linear(self, site: Site, name: str) -> nn.Linear:
         """Return a linear of a site."""
-        module = self.blocks[site.block].get_submodule(name)
-        assert isinstance(module, nn.Linear)
-        return module
+        return linear_of(self.blocks[site.block], name)
 
     def full_name(self, site: Site, name: str) -> str:
         """Return the name of a linear inside the model."""
         return f"{self.blocks_path}.{site.block}.{name}"
+
+
+def linear_of(block: nn.Module, name: str) -> nn.Linear:
+    """Return a linear of a block by its name there."""
+    module = block.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{name} is a {type(module).__name__}, not a linear")
+    return module
 
 
 def pick_device(device: str) -> torch.device:
@@ -273,7 +279,8 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: BlockArguments) -> Te
     """Return a block's output hidden states, (sequences, length, model width)."""
     positional, keywords = arguments
     output = block(hidden, *positional, **keywords)
-    return output[0] if isinstance(output, tuple) else output
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
 
 
 def _trace_sites(decoder: Decoder) -> Iterator[Site]:

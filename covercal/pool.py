@@ -304,7 +304,7 @@ def _visits(
     documents: Sequence[Document], length: float, generator: np.random.Generator
 ) -> list[tuple[float, int, int]]:
     """Return a heap of (time, document, visits left); a text has about one visit for each sample it can give."""
-    heap = []
+    heap: list[tuple[float, int, int]] = []
     for index, document in enumerate(documents):
         pieces = max(1, math.ceil(len(document.text) / (CHARACTERS_PER_TOKEN * length)))
         times = np.sort(generator.random(pieces))

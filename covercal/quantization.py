@@ -4,14 +4,24 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from covercal.decoder import DTYPES, BlockArguments, Decoder, Site, batches, block_inputs, run_block, token_tensor
+from covercal.decoder import (
+    DTYPES,
+    BlockArguments,
+    Decoder,
+    Site,
+    batches,
+    block_inputs,
+    linear_of,
+    run_block,
+    token_tensor,
+)
 from covercal.errors import QuantizationError
 from covercal.gram import GramSum
 from covercal.quantizers.grid import Grid, GridSettings, dequantize, min_max_grid
@@ -69,7 +79,7 @@ class LinearReport:
     damping: float
     attempts: int
     dead: int
-    seconds: float
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +169,7 @@ def round_parameters(module: nn.Module, storage_dtype: Dtype) -> None:
 
 
 def dequantized(linear: QuantizedLinear, dtype: torch.dtype) -> Tensor:
-    """Return the weight as a checkpoint's reader computes it: (codes - zero) * scale in the scale's dtype, then `dtype`."""
+    """Return the weight as readers of the checkpoint do: (codes - zero) * scale in the scale's dtype, then `dtype`."""
     repeat = linear.codes.shape[1] // linear.scale.shape[1]
     zero = linear.zero.repeat_interleave(repeat, dim=1).to(torch.int16)
     scale = linear.scale.repeat_interleave(repeat, dim=1)
@@ -208,7 +218,7 @@ def _quantize_site(
 ) -> Iterator[tuple[QuantizedLinear, LinearReport]]:
     """Quantise the linears of a site together: rows are independent, so one factorisation serves all."""
     started = time.perf_counter()
-    modules = [block.get_submodule(name) for name in site.linears]
+    modules = [linear_of(block, name) for name in site.linears]
     weight = torch.cat([module.weight.double() for module in modules])
     matrix = gram.gram() if gram is not None else None
     grid_settings = GridSettings(settings.bits, settings.group_size, settings.symmetric, DTYPES[storage_dtype])
@@ -233,23 +243,21 @@ def _quantize_site(
             linear.name, weight[rows], rounded, Grid(grid.scale[rows], grid.zero[rows], grid_settings), rows, matrix
         )
         module.weight.data = dequantized(linear, module.weight.dtype)
-        yield linear, LinearReport(**report, seconds=seconds)
+        yield linear, replace(report, seconds=seconds)
 
 
-def _report(
-    name: str, weight: Tensor, rounded: Rounded, grid: Grid, rows: slice, gram: Tensor | None
-) -> dict[str, str | int | float]:
+def _report(name: str, weight: Tensor, rounded: Rounded, grid: Grid, rows: slice, gram: Tensor | None) -> LinearReport:
     error = weight - dequantize(rounded.codes[rows], *grid.columns(weight.shape[1]))
-    return {
-        "name": name,
-        "outputs": weight.shape[0],
-        "inputs": weight.shape[1],
-        "output_error": _relative(_energy(error, gram), _energy(weight, gram)) if gram is not None else math.nan,
-        "weight_error": _relative(error.square().sum(), weight.square().sum()),
-        "damping": rounded.damping,
-        "attempts": rounded.attempts,
-        "dead": rounded.dead,
-    }
+    return LinearReport(
+        name=name,
+        outputs=weight.shape[0],
+        inputs=weight.shape[1],
+        output_error=_relative(_energy(error, gram), _energy(weight, gram)) if gram is not None else math.nan,
+        weight_error=_relative(error.square().sum(), weight.square().sum()),
+        damping=rounded.damping,
+        attempts=rounded.attempts,
+        dead=rounded.dead,
+    )
 
 
 def _energy(matrix: Tensor, gram: Tensor) -> Tensor:

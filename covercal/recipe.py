@@ -152,6 +152,11 @@ class Evaluation(Section):
     perplexity: tuple[PerplexityText, ...] = ()
     divergence: tuple[DivergenceText, ...] = ()
 
+    @property
+    def texts(self) -> tuple["PerplexityText | DivergenceText", ...]:
+        """Return all texts: first those for perplexity, then those for divergence."""
+        return (*self.perplexity, *self.divergence)
+
 
 class Recipe(Section):
     """Everything a run depends on."""

@@ -76,7 +76,7 @@ def identify(recipe: Recipe, store: ArtifactStore) -> Inputs:
     InputError
         When something is not there or not usable.
     """
-    evaluated = (*recipe.evaluation.perplexity, *recipe.evaluation.divergence)
+    evaluated = recipe.evaluation.texts
     return Inputs(
         identify_model(recipe.model, store),
         tuple(identify_text(source, store) for source in recipe.pool.sources),
@@ -114,10 +114,8 @@ def run_chain(recipe: Recipe, inputs: Inputs, execution: Execution, *, until: st
     return Chain(pool, outliers, selection, checkpoint, nearest, evaluated)
 
 
-def _texts(
-    recipe: Recipe, inputs: Inputs, execution: Execution, tokenizer: TokenizerIdentity, imported: Any
-) -> tuple[Any, ...]:
-    evaluated = (*recipe.evaluation.perplexity, *recipe.evaluation.divergence)
+def _texts(recipe: Recipe, inputs: Inputs, execution: Execution, tokenizer: TokenizerIdentity, imported: Any) -> Any:
+    evaluated = recipe.evaluation.texts
     if not evaluated:
         return ()
     wanted = [
@@ -131,7 +129,7 @@ def _statistics(recipe: Recipe, execution: Execution, pool: Any, place: dict[str
     settings = recipe.statistics
     shards = execution.read("pool", pool_shards, pool, settings.shard_samples)
     if isinstance(shards, Pending):
-        return execution.map("statistics", capture_shard, shards)  # type: ignore[arg-type]
+        return execution.map("statistics", capture_shard, shards)
     common = {**place, "pool": pool, "sites": settings.sites, "skip_tokens": settings.skip_tokens}
     return execution.map("statistics", capture_shard, [{**common, "shard": shard} for shard in shards])
 
@@ -147,7 +145,7 @@ def _selection(recipe: Recipe, execution: Execution, pool: Any, outliers: Any) -
     )
 
 
-def _references(recipe: Recipe, execution: Execution, texts: tuple[Any, ...], place: dict[str, Any]) -> tuple[Any, ...]:
+def _references(recipe: Recipe, execution: Execution, texts: tuple[Any, ...], place: dict[str, Any]) -> Any:
     if not texts:
         return ()
     kinds = [*(False for _ in recipe.evaluation.perplexity), *(True for _ in recipe.evaluation.divergence)]
@@ -214,7 +212,7 @@ def _evaluations(
 ) -> tuple[EvaluatedText, ...]:
     if not texts:
         return ()
-    evaluated = (*recipe.evaluation.perplexity, *recipe.evaluation.divergence)
+    evaluated = recipe.evaluation.texts
     kinds = [
         "perplexity" if isinstance(text_settings(text), PerplexitySettings) else "divergence" for text in evaluated
     ]

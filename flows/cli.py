@@ -18,7 +18,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Chooses the calibration texts that quantise a language model best, quantises it with them, and shows what that was worth.",
+    help="Chooses the calibration texts that quantise a language model best, quantises it with them, "
+    "and shows what that was worth.",
 )
 cache = typer.Typer(no_args_is_help=True, help="The artifact store: list, show, verify.")
 app.add_typer(cache, name="cache")
@@ -62,7 +63,10 @@ def run(
 
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say for every stage whether it is cached or to do, and which input makes it so; builds nothing but the token sequences."""
+    """Say for every stage whether it is cached or to do, and which input makes it so.
+
+    Nothing is built but the token sequences: which shards a pool has depends on them.
+    """
     from covercal.recipe import load_recipe
     from flows.run import show_plan
 
@@ -129,7 +133,7 @@ def list_artifacts(
 ) -> None:
     """List the artifacts: stage, key, size, age, how long each took."""
     store = _store()
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"stage": m.stage, "key": m.key, "bytes": m.size, "created": m.created, "seconds": m.seconds}
         for m in store.manifests(stage)
     ]
@@ -168,7 +172,8 @@ def show_artifact(
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{manifest.stage}/{manifest.key}[/bold]\n{folder}")
     console.print(
-        f"made {manifest.created} in {manifest.seconds:.1f} s, {manifest.size / 1e6:,.1f} MB, stage version {manifest.version}"
+        f"made {manifest.created} in {manifest.seconds:.1f} s, {manifest.size / 1e6:,.1f} MB, "
+        f"stage version {manifest.version}"
     )
     console.print("made from    " + json.dumps(manifest.material, sort_keys=True, ensure_ascii=False), markup=False)
     console.print("notes        " + json.dumps(_short(manifest.info), sort_keys=True, ensure_ascii=False), markup=False)
@@ -200,8 +205,8 @@ def verify_artifacts(
     else:
         for name, found in faults.items():
             typer.echo(f"{name}: {'; '.join(found)}")
-        typer.echo(f"{len(wanted)} artifacts checked, {len(faults)} damaged" + (
-            "; the next run that needs one rebuilds it if its manifest or a file's size is wrong." if faults else "."))  # fmt: skip
+        after = "; the next run that needs one with a wrong manifest or size rebuilds it" if faults else ""
+        typer.echo(f"{len(wanted)} artifacts checked, {len(faults)} damaged{after}.")
     if faults:
         raise typer.Exit(1)
 

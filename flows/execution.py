@@ -1,4 +1,4 @@
-"""Three ways to go through the chain: only look (`Planned`), build in this process (`Direct`), or through Prefect (`Tracked`)."""
+"""Three ways to go through the chain: only look (`Planned`), build here (`Direct`), or through Prefect (`Tracked`)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,8 +55,8 @@ class Execution(Protocol):
         """Return a reference to the step's artifact, or `Pending`."""
         ...
 
-    def map(self, label: str, step: Step, inputs: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
-        """Return the references of one step for several inputs."""
+    def map(self, label: str, step: Step, inputs: Any) -> Any:
+        """Return the references of one step for several inputs, or `Pending` when they are not known yet."""
         ...
 
     def read(self, label: str, reader: Callable[..., Any], *refs: Any) -> Any:

@@ -37,7 +37,8 @@ def _flow_run_name() -> str:
 @flow(
     name="quantize",
     flow_run_name=_flow_run_name,
-    task_runner=ThreadPoolTaskRunner(max_workers=1),  # one model on one device; a second task would only wait for it
+    # One model on one device: a second task would only wait for it.
+    task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]  # Prefect leaves its type open
     persist_result=False,
 )
 def quantize(recipe: dict[str, Any], until: str = "evaluation") -> dict[str, Any]:

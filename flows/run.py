@@ -1,4 +1,4 @@
-"""Running and planning a recipe from the command line: answer from the store when it has everything, else run the flow."""
+"""Running and planning a recipe: answered from the store when it has everything, else by the Prefect flow."""
 
 import os
 import time

@@ -164,5 +164,6 @@ def selection_lines(summary: dict[str, Any]) -> list[str]:
         f"Chosen       {chosen['budget']} samples by {chosen['selector']}: {mix} (numbers {listed})",
         f"Coverage     {chosen['coverage']:.1%} of {chosen['outlier_channels']:,} outlier channels; "
         f"random choice of that size: {chosen['random_coverage']:.1%} on average",
-        f"             {chosen['weighted_coverage']:.1%} of their weight; random: {chosen['random_weighted_coverage']:.1%}",
+        f"             {chosen['weighted_coverage']:.1%} of their weight; "
+        f"random choice: {chosen['random_weighted_coverage']:.1%}",
     ]

@@ -1,7 +1,6 @@
 """The artifact store: look up, build once, commit, verify."""
 
 import json
-import os
 import platform
 import re
 import shutil
@@ -341,7 +340,7 @@ def _parse_manifest(text: bytes) -> Manifest:
 def _first_size_fault(folder: Path, manifest: Manifest) -> str:
     for name, each in manifest.files.items():
         try:
-            size = os.stat(folder / name).st_size
+            size = (folder / name).stat().st_size
         except FileNotFoundError:
             return f"file {name} is missing"
         if size != each["size"]:

@@ -23,11 +23,11 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
 def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return one line per leaf that differs, such as `bits: 4 -> 3`."""
     before, after = flatten(old), flatten(new)
-    lines = []
-    for path in sorted({*before, *after}):
-        if before.get(path, ...) != after.get(path, ...):
-            lines.append(f"{path}: {_shown(before.get(path, 'none'))} -> {_shown(after.get(path, 'none'))}")
-    return lines
+    return [
+        f"{path}: {_shown(before.get(path))} -> {_shown(after.get(path))}"
+        for path in sorted({*before, *after})
+        if before.get(path) != after.get(path)
+    ]
 
 
 def explain_miss(
@@ -55,5 +55,5 @@ def explain_miss(
 
 
 def _shown(value: Any) -> str:
-    text = str(value)
+    text = "none" if value is None else str(value)
     return text if len(text) <= 24 else f"{text[:12]}…"

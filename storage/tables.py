@@ -40,4 +40,4 @@ def query(sql: str, tables: Mapping[str, Sequence[Path]], parameters: Sequence[A
     with duckdb.connect(":memory:", config={"threads": 1}) as connection:
         for name, files in tables.items():
             connection.read_parquet([str(f) for f in files]).create_view(name)
-        return connection.execute(sql, list(parameters)).to_arrow_table()
+        return connection.sql(sql, params=list(parameters)).to_arrow_table()

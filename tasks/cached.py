@@ -87,9 +87,9 @@ class Step:
     @cached_property
     def task(self) -> Any:
         """Return the Prefect task of this step: `task(label, inputs)` ends in state `Cached` on a hit."""
-        from prefect import task
+        from prefect import State, Task
         from prefect.cache_policies import NO_CACHE
-        from prefect.states import Completed, State
+        from prefect.states import Completed
 
         def run_step(label: str, inputs: Mapping[str, Any]) -> State[Outcome]:
             with listening(_dashboard_progress(label)):
@@ -97,7 +97,7 @@ class Step:
             name = "Cached" if outcome.decision is Decision.HIT else "Completed"
             return Completed(name=name, message=f"{outcome.decision}: {outcome.reason}", data=outcome)
 
-        return task(
+        return Task(
             run_step,
             name=self.stage,
             task_run_name=f"{self.stage} {{label}}",

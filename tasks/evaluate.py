@@ -1,4 +1,4 @@
-"""Stages `reference` and `evaluation`: the original model's outputs on a text, and a checkpoint's scores against them."""
+"""Stages `reference` and `evaluation`: the original's outputs on a text, and a checkpoint's scores against them."""
 
 import json
 import math

@@ -118,7 +118,7 @@ def identify_text(source: TextSource, store: ArtifactStore) -> TextIdentity:
 def identify_evaluation_text(text: DivergenceText | PerplexityText, store: ArtifactStore) -> TextIdentity:
     """Fingerprint an evaluation text."""
     if isinstance(text, PerplexityText):
-        source = TextSource(path=text.path)
+        source = TextSource.model_validate({"path": text.path})
     else:
         source = TextSource.model_validate(text.model_dump(include=set(TextSource.model_fields)))
     return identify_text(source, store)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -131,7 +131,7 @@ def sample_tokens(store: ArtifactStore, ref: Ref) -> list[npt.NDArray[np.int32]]
     column = read_table(store.path(ref) / SAMPLES, ["tokens"])["tokens"].combine_chunks()
     values = column.values.to_numpy()
     offsets = column.offsets.to_numpy()
-    return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [values[a:b] for a, b in pairwise(offsets)]
 
 
 def _too_few(found: int, wanted: int, lengths: tuple[int, ...], packing: str, counts: Counts) -> str:

@@ -57,7 +57,8 @@ _selector = selector  # the build function has an input of that name
 def chosen_samples(store: ArtifactStore, selection: Ref, budget: int) -> npt.NDArray[np.int64]:
     """Return the samples that a budget chooses, in the order of choice."""
     column = read_table(store.path(selection) / ORDER, ["sample"])["sample"]
-    return column.to_numpy()[:budget].astype(np.int64)
+    chosen: npt.NDArray[np.int64] = column.to_numpy()[:budget].astype(np.int64)
+    return chosen
 
 
 def gains(store: ArtifactStore, selection: Ref, budget: int) -> list[float | None]:

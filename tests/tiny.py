@@ -1,0 +1,144 @@
+"""Tiny random decoders of real architectures, a tokenizer trained on the spot, and texts, all made here."""
+
+import json
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 320
+WIDTH = 32
+INNER = 64
+BLOCKS = 3
+
+_SHAPE = {
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": _SHAPE,
+    "mistral": _SHAPE | {"sliding_window": 8},
+    "qwen2": _SHAPE,
+    "qwen3": _SHAPE,
+    "gemma": _SHAPE,
+    "gemma2": _SHAPE | {"sliding_window": 8, "final_logit_softcapping": 5.0},
+    "gemma3_text": _SHAPE | {"sliding_window": 8},
+    "opt": {
+        "hidden_size": WIDTH,
+        "ffn_dim": INNER,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": 4,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 512,
+        "word_embed_proj_dim": WIDTH,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+}
+DOMAINS = {
+    "animals": "cat dog horse sheep mouse bird fish runs sleeps eats sees chases the a quick lazy small",
+    "numbers": "one two three four five six seven plus minus times equals sum is not more than less",
+    "code": "def return if else for in range print self import class None True False lambda x y z ( ) : =",
+}
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
+    """Return a random model; weights are large enough that the blocks matter, and a few input channels stand out."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.3)
+    return model.eval()
+
+
+def text(seed: int, domain: str, words: int = 60) -> str:
+    """Return a text of one domain."""
+    return " ".join(random.Random(f"{domain}{seed}").choices(DOMAINS[domain].split(), k=words))
+
+
+@cache
+def _tokenizer_json() -> str:
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text(seed, domain) for domain in DOMAINS for seed in range(20)], trainer)
+    return tokenizer.to_str()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer without special first tokens."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_tokenizer_json()), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def save_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
+    """Write a tiny model and its tokenizer as a transformers folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_model(architecture, seed).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_texts(path: Path, seeds: range, words: int = 60) -> Path:
+    """Write a JSONL file with one text of every domain for each seed."""
+    rows = [{"text": text(seed, domain, words), "domain": domain} for seed in seeds for domain in DOMAINS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def random_tokens(count: int, length: int, seed: int = 0) -> list[np.ndarray]:
+    """Return random token sequences, int32 (length,) each."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(3, VOCABULARY, length).astype(np.int32) for _ in range(count)]
+
+
+def recipe_value(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a whole small recipe over files that are made in `folder`; sections can be changed by name."""
+    if not (folder / "model").exists():
+        save_model(folder / "model")
+        write_texts(folder / "pool.jsonl", range(40))
+        write_texts(folder / "heldout.jsonl", range(1000, 1010))
+    value: dict[str, Any] = {
+        "model": {"source": str(folder / "model"), "dtype": "float32"},
+        "device": "cpu",
+        "pool": {
+            "sources": [{"path": str(folder / "pool.jsonl"), "domain": "domain"}],
+            "sequence_length": 32,
+            "samples": 16,
+        },
+        "statistics": {"shard_samples": 8},
+        "outliers": {"k": 2.0},
+        "selection": {"budget": 4},
+        "quantization": {"bits": 4, "group_size": 16},
+        "evaluation": {
+            "divergence": [{"path": str(folder / "heldout.jsonl"), "domain": "domain", "window": 32, "limit": 6}]
+        },
+    }
+    for section, fields in changes.items():
+        value[section] = {**value[section], **fields}
+    return value
