@@ -12,7 +12,7 @@ from rich.table import Table
 
 from covercal.errors import CovercalError, InputError
 from storage.artifacts import ArtifactStore, Ref
-from storage.errors import MissingArtifactError, StorageError
+from storage.errors import MissingArtifactError, StorageError, UnwritableStoreError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,8 +48,8 @@ def run(
     console = _console(as_json)
     typed = load_recipe(recipe, overrides or [])
     _check_new(output)
-    console.print(f"[bold]covercal run {recipe}[/bold]")
-    finished = execute(typed, _store(), console, command=_command("run", recipe, overrides), verbose=verbose)
+    command = _header(console, "run", recipe, overrides)
+    finished = execute(typed, _store(), console, command=command, verbose=verbose)
     if output is not None:
         _export(Path(finished.summary["checkpoint"]), output)
         finished.summary["checkpoint"] = str(output.absolute())
@@ -72,12 +72,13 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
 
     console = _console(as_json)
     typed = load_recipe(recipe, overrides or [])
-    console.print(f"[bold]covercal plan {recipe}[/bold]")
+    _header(console, "plan", recipe, overrides)
     rows = show_plan(typed, _store(), console)
     if as_json:
         _print_json({"stages": rows})
     left = sum(row["decision"] not in ("hit", "built", "rebuilt") for row in rows)
-    console.print(f"{left} of {len(rows)} stages to do. Next: covercal run {recipe}", highlight=False)
+    console.print(f"{left} of {len(rows)} stages to do", highlight=False)
+    console.print(f"Next         {_command('run', recipe, overrides)}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -98,8 +99,7 @@ def select(
     console = _console(as_json)
     typed = load_recipe(recipe, overrides or [])
     store = _store()
-    console.print(f"[bold]covercal select {recipe}[/bold]")
-    command = _command("select", recipe, overrides)
+    command = _header(console, "select", recipe, overrides)
     finished = execute(typed, store, console, command=command, until="selection", verbose=verbose)
     if output is not None:
         chain = run_chain(typed, identify(typed, store), Direct(store, Recorder()), until="selection")
@@ -215,7 +215,7 @@ def main() -> None:
     """Run the command line; errors that a user can act on end in one sentence and exit code 1 or 2."""
     try:
         app()
-    except InputError as error:
+    except (InputError, UnwritableStoreError) as error:
         _fail(error, 2)
     except (CovercalError, StorageError) as error:
         _fail(error, 1)
@@ -254,6 +254,13 @@ def _print_json(value: dict[str, Any]) -> None:
 
 def _command(name: str, recipe: Path, overrides: list[str] | None) -> str:
     return " ".join(["covercal", name, str(recipe), *(f"--set {each}" for each in overrides or [])])
+
+
+def _header(console: Console, name: str, recipe: Path, overrides: list[str] | None) -> str:
+    """Print and return the command."""
+    command = _command(name, recipe, overrides)
+    console.print(f"[bold]{_escaped(command)}[/bold]", soft_wrap=True, highlight=False)
+    return command
 
 
 def _check_new(output: Path | None) -> None:

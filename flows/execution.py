@@ -70,10 +70,12 @@ class Recorder:
 
     on_start: Callable[[str, int], None] = lambda label, count: None
     on_event: Callable[[Event], None] = lambda event: None
+    built_before: Mapping[str, Event] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
 
     def add(self, event: Event) -> None:
-        """Keep an event and tell it."""
+        """Keep an event and tell it; what planning this very run has built counts as built, not as found."""
+        event = self.built_before.get(event.key, event)
         self.events.append(event)
         self.on_event(event)
 
@@ -193,7 +195,9 @@ class Tracked:
 
         self.recorder.on_start(label, len(inputs))
         refs = []
-        for future in step.task.map(label=unmapped(label), inputs=[quote(dict(each)) for each in inputs]):
+        names = [label if len(inputs) == 1 else f"{label} {i}/{len(inputs)}" for i in range(1, len(inputs) + 1)]
+        wrapped = [quote(dict(each)) for each in inputs]
+        for future in step.task.map(name=names, label=unmapped(label), inputs=wrapped):
             outcome: Outcome = future.result()
             self.recorder.add(event_of(label, outcome))
             refs.append(outcome.ref)

@@ -17,6 +17,7 @@ from flows.display import Display
 from flows.execution import Event, Planned, Recorder
 from flows.summary import stage_rows, summarize
 from storage.artifacts import ArtifactStore
+from storage.local import make_writable_folder
 from storage.runs import RunRecord, StageRecord, new_run_name, write_run
 from tasks.identities import model_folder
 from tasks.progress import listening
@@ -85,14 +86,16 @@ def execute(
     started, when = time.monotonic(), datetime.now(UTC)
     planned = Recorder()
     inputs, chain = plan(recipe, store, planned, until=until)
-    cached = all(event.decision == "hit" for event in planned.events)
+    cached = all(event.decision in ("hit", "built", "rebuilt") for event in planned.events)
+    built = {event.key: event for event in planned.events if event.decision in ("built", "rebuilt")}
     with Display(recipe, console) as display, listening(display.progress):
-        recorder = Recorder(display.start, display.event)
+        recorder = Recorder(display.start, display.event, built)
         try:
             if cached and not configured_server():
                 _replay(planned.events, recorder)
                 summary = summarize(recipe, chain, store)
             else:
+                make_writable_folder(store.root, "The cache folder")
                 _check_model(recipe, inputs, store, planned.events)
                 summary = _run_flow(recipe, recorder, until, verbose=verbose)
         except BaseException as error:

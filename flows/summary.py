@@ -136,12 +136,12 @@ def grid_name(recipe: Recipe, method: str | None = None) -> str:
 def result_table(recipe: Recipe, summary: dict[str, Any]) -> Table:
     """Return the verdict: one column per model, one row per measure."""
     table = Table(box=None, pad_edge=False, title_justify="left", header_style="bold")
-    for name in ("", "original", "round to nearest", f"this run ({recipe.quantization.method})"):
+    for name in ("", "original", "round to nearest", f"this run, {recipe.quantization.method}"):
         table.add_column(name, justify="left" if not name else "right")
     for text in summary["evaluation"]:
         columns = [text[name]["all"] for name in ("original", "nearest", "run")]
         if text["kind"] == "divergence":
-            table.add_row("divergence (KL), nats per token", *(_measured(c, "divergence") for c in columns))
+            table.add_row("KL, nats per token", *(_measured(c, "divergence") for c in columns))
             table.add_row("same top token", *(f"{c['agreement']:.1%}" for c in columns))
         table.add_row(f"perplexity, {text['text']}", *(f"{c['perplexity']:.2f}" for c in columns))
     sizes = summary["quantization"]

@@ -131,6 +131,18 @@ class ArtifactStore:
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
 
+    def prepare(self) -> "ArtifactStore":
+        """Create the root when it is not there, and return the store; one that cannot be written may still be read.
+
+        Raises
+        ------
+        UnwritableStoreError
+            When there is no such folder and it cannot be created.
+        """
+        if not self.root.is_dir():
+            make_writable_folder(self.root, "The cache folder")
+        return self
+
     def folder(self, stage: str, key: str) -> Path:
         """Return where an artifact lies or would lie.
 

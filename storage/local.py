@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from storage.errors import StorageError
+from storage.errors import UnwritableStoreError
 
 
 def fsync_path(path: Path) -> None:
@@ -63,7 +63,7 @@ def make_writable_folder(folder: Path, purpose: str) -> None:
 
     Raises
     ------
-    StorageError
+    UnwritableStoreError
         When the folder cannot be created or written, with the system's cause.
     """
     try:
@@ -72,7 +72,7 @@ def make_writable_folder(folder: Path, purpose: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as cause:
-        raise StorageError(
+        raise UnwritableStoreError(
             f"{purpose} {folder} is not writable ({cause.strerror or cause}); "
             "set COVERCAL_CACHE to a folder that this user can write."
         ) from cause

@@ -40,7 +40,7 @@ class RunRecord:
 
 def new_run_name() -> str:
     """Return a name that sorts by time and does not collide."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{secrets.token_hex(3)}"
 
 
 def write_run(root: Path, record: RunRecord) -> Path:

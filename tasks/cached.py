@@ -86,21 +86,21 @@ class Step:
 
     @cached_property
     def task(self) -> Any:
-        """Return the Prefect task of this step: `task(label, inputs)` ends in state `Cached` on a hit."""
+        """Return the Prefect task of this step: `task(name, label, inputs)` ends in state `Cached` on a hit."""
         from prefect import State, Task
         from prefect.cache_policies import NO_CACHE
         from prefect.states import Completed
 
-        def run_step(label: str, inputs: Mapping[str, Any]) -> State[Outcome]:
+        def run_step(name: str, label: str, inputs: Mapping[str, Any]) -> State[Outcome]:
             with listening(_dashboard_progress(label)):
                 outcome = self.run(open_store(), label, inputs)
-            name = "Cached" if outcome.decision is Decision.HIT else "Completed"
-            return Completed(name=name, message=f"{outcome.decision}: {outcome.reason}", data=outcome)
+            state = "Cached" if outcome.decision is Decision.HIT else "Completed"
+            return Completed(name=state, message=f"{outcome.decision}: {outcome.reason}", data=outcome)
 
         return Task(
             run_step,
             name=self.stage,
-            task_run_name=f"{self.stage} {{label}}",
+            task_run_name="{name}",
             cache_policy=NO_CACHE,
             persist_result=False,
         )
@@ -116,9 +116,9 @@ def cached(stage: str, version: int, *, ignored: tuple[str, ...] = ()) -> Callab
 
 
 def open_store() -> ArtifactStore:
-    """Return the store in `COVERCAL_CACHE`, by default the user's cache folder."""
+    """Return the store in `COVERCAL_CACHE`, by default the user's cache folder; created when it is not there."""
     place = os.environ.get("COVERCAL_CACHE")
-    return ArtifactStore(Path(place) if place else user_cache_path("covercal"))
+    return ArtifactStore(Path(place) if place else user_cache_path("covercal")).prepare()
 
 
 def key_material(value: Any) -> Any:

@@ -142,3 +142,46 @@ def recipe_value(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
     for section, fields in changes.items():
         value[section] = {**value[section], **fields}
     return value
+
+
+def save_gguf(path: Path, seed: int = 0) -> Path:
+    """Write a tiny Llama as a GGUF file of float32 tensors, as a converter would (query and key rows interleaved)."""
+    import gguf
+
+    model = tiny_model("llama", seed)
+    tokenizer = json.loads(_tokenizer_json())["model"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(BLOCKS)
+    writer.add_context_length(512)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
+    writer.add_token_list(tokens)
+    kinds = [gguf.TokenType.CONTROL if t in ("<pad>", "<s>", "</s>") else gguf.TokenType.NORMAL for t in tokens]
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(m) if isinstance(m, list) else m for m in tokenizer["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, BLOCKS)
+    for name, tensor in model.state_dict().items():
+        values = tensor.numpy()
+        heads = 4 if "q_proj" in name else 2 if "k_proj" in name else 0
+        if heads:
+            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        stem, _, suffix = name.rpartition(".")
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

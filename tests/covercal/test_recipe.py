@@ -1,0 +1,560 @@
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from covercal.errors import InputError
+from covercal.recipe import (
+    DivergenceText,
+    Evaluation,
+    Model,
+    Outliers,
+    PerplexityText,
+    Pool,
+    Quantization,
+    Recipe,
+    Selection,
+    Statistics,
+    TextSource,
+    load_recipe,
+    parse_recipe,
+)
+
+FOLDER = Path("/recipes")
+SMALLEST: dict[str, Any] = {"model": {"source": "owner/model"}, "pool": {"sources": [{"path": "pool.jsonl"}]}}
+SECTIONS: dict[str, type[BaseModel]] = {
+    "": Recipe,
+    "model": Model,
+    "pool": Pool,
+    "pool.sources.0": TextSource,
+    "statistics": Statistics,
+    "outliers": Outliers,
+    "selection": Selection,
+    "quantization": Quantization,
+    "evaluation": Evaluation,
+    "evaluation.perplexity.0": PerplexityText,
+    "evaluation.divergence.0": DivergenceText,
+}
+FIELDS = [(section, name) for section, model in SECTIONS.items() for name in model.model_fields]
+
+
+def with_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a small recipe with one text of each kind and these dotted fields."""
+    value = deepcopy(SMALLEST)
+    value["evaluation"] = {"perplexity": [{"path": "a.txt"}], "divergence": [{"path": "a.jsonl"}, {"path": "b.jsonl"}]}
+    for path, wanted in fields.items():
+        *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+        here: Any = value
+        for part in parents:
+            here = here[part] if isinstance(part, int) else here.setdefault(part, {})
+        here[last] = wanted
+    return value
+
+
+def recipe(**fields: Any) -> Recipe:
+    """Return the recipe with these fields, `__` for the dot."""
+    return parse_recipe(with_fields({name.replace("__", "."): value for name, value in fields.items()}), FOLDER)
+
+
+def complaint(value: dict[str, Any]) -> str:
+    """Return what is said of a wrong recipe."""
+    with pytest.raises(InputError) as caught:
+        parse_recipe(value, FOLDER, "run.yaml")
+    return str(caught.value)
+
+
+def written(folder: Path, value: dict[str, Any]) -> Path:
+    """Write a recipe as YAML."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(value), encoding="utf-8")
+    return path
+
+
+# --- defaults ------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_and_texts_are_enough_and_the_rest_is_as_documented() -> None:
+    assert parse_recipe(SMALLEST, FOLDER).model_dump() == {
+        "model": {"source": "owner/model", "revision": None, "dtype": "bfloat16", "trust_remote_code": False},
+        "device": "auto",
+        "pool": {
+            "sources": (
+                {
+                    "path": "/recipes/pool.jsonl",
+                    "hub": None,
+                    "config": None,
+                    "split": "train",
+                    "revision": None,
+                    "text": "text",
+                    "domain": None,
+                    "rows": None,
+                },
+            ),
+            "sequence_length": 256,
+            "packing": "join",
+            "samples": 512,
+            "seed": 0,
+        },
+        "statistics": {"sites": "linear_inputs", "skip_tokens": 1, "shard_samples": 64},
+        "outliers": {"rule": "sigma", "k": 6.0, "weighting": "full"},
+        "selection": {"selector": "coverage", "budget": 64, "seed": 0},
+        "quantization": {
+            "method": "gptq",
+            "bits": 4,
+            "group_size": 128,
+            "symmetric": False,
+            "activation_order": True,
+            "damping": 0.01,
+            "storage_dtype": "auto",
+        },
+        "evaluation": {"perplexity": (), "divergence": ()},
+    }
+
+
+def test_windows_and_limits_of_evaluation_texts_are_as_documented() -> None:
+    evaluation = recipe().evaluation
+    assert (evaluation.perplexity[0].window, evaluation.perplexity[0].limit) == (2048, None)
+    assert (evaluation.divergence[0].window, evaluation.divergence[0].limit) == (512, 24)
+
+
+def test_code_that_comes_with_a_model_stays_off() -> None:
+    assert parse_recipe(SMALLEST, FOLDER).model.trust_remote_code is False
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe().selection.budget = 3
+
+
+def test_one_length_and_a_list_of_lengths_are_both_read_as_lengths() -> None:
+    assert recipe(pool__sequence_length=32).pool.lengths == (32,)
+    assert recipe(pool__sequence_length=[32, 64]).pool.lengths == (32, 64)
+
+
+def test_evaluation_texts_come_first_for_perplexity_and_then_for_divergence() -> None:
+    names = [Path(str(text.path)).name for text in recipe().evaluation.texts]
+    assert names == ["a.txt", "a.jsonl", "b.jsonl"]
+
+
+# --- unknown names -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        ("pool.sampels", "pool.samples"),
+        ("modle", "model"),
+        ("statistics.skip_token", "statistics.skip_tokens"),
+        ("quantization.groupsize", "quantization.group_size"),
+        ("selection.bugdet", "selection.budget"),
+        ("pool.sources.0.txt", "pool.sources.0.text"),
+        ("evaluation.divergence.0.windwo", "evaluation.divergence.0.window"),
+        ("evaluation.divergence.1.limits", "evaluation.divergence.1.limit"),
+        ("evaluation.perplexity.0.pth", "evaluation.perplexity.0.path"),
+    ],
+)
+def test_an_unknown_field_names_the_nearest_valid_one(misspelt: str, meant: str) -> None:
+    assert f"there is no field `{misspelt}`; did you mean `{meant}`?" in complaint(with_fields({misspelt: 1}))
+
+
+@pytest.mark.parametrize(("section", "name"), FIELDS, ids=lambda part: part or "recipe")
+def test_every_field_is_suggested_for_its_own_misspelling(section: str, name: str) -> None:
+    full = f"{section}.{name}" if section else name
+    assert f"did you mean `{full}`?" in complaint(with_fields({f"{full}x": 1}))
+
+
+@pytest.mark.parametrize(
+    ("section", "model"), [(section, model) for section, model in SECTIONS.items() if section], ids=lambda part: part
+)
+def test_a_name_near_to_nothing_lists_the_valid_fields_of_its_section(section: str, model: type[BaseModel]) -> None:
+    said = complaint(with_fields({f"{section}.ZQJ": 1}))
+    assert f"there is no field `{section}.ZQJ`; valid: {', '.join(model.model_fields)}" in said
+
+
+@pytest.mark.parametrize("name", ["auto", "int"])
+@pytest.mark.parametrize("section", ["", "pool", "quantization"])
+def test_an_unknown_field_called_like_a_type_is_named_too(section: str, name: str) -> None:
+    full = f"{section}.{name}" if section else name
+    assert f"there is no field `{full}`" in complaint(with_fields({full: 1}))
+
+
+def test_all_faults_are_named_at_once() -> None:
+    said = complaint(with_fields({"pool.sampels": 8, "quantization.bits": 1, "outliers.k": -1}))
+    assert all(field in said for field in ("`pool.sampels`", "`quantization.bits`", "`outliers.k`"))
+
+
+def test_a_complaint_names_the_recipe() -> None:
+    assert complaint(with_fields({"pool.sampels": 8})).startswith("Recipe run.yaml: ")
+
+
+@pytest.mark.parametrize(("name", "meant"), [("covrage", "coverage"), ("Random", "random"), ("rand", "random")])
+def test_an_unknown_selector_names_the_nearest(name: str, meant: str) -> None:
+    said = complaint(with_fields({"selection.selector": name}))
+    assert f"`selection.selector`: there is no selector '{name}'; did you mean '{meant}'?" in said
+
+
+def test_a_selector_near_to_nothing_lists_the_known_ones() -> None:
+    assert "known: coverage, random" in complaint(with_fields({"selection.selector": "zzz"}))
+
+
+@pytest.mark.parametrize(("name", "meant"), [("gtpq", "gptq"), ("GPTQ", "gptq"), ("rnt", "rtn")])
+def test_an_unknown_method_names_the_nearest_whatever_its_case(name: str, meant: str) -> None:
+    said = complaint(with_fields({"quantization.method": name}))
+    assert f"`quantization.method`: there is no method '{name}'" in said
+    assert meant in said
+
+
+@pytest.mark.parametrize("value", [["coverage", "random"], {"name": "coverage"}, 3, None])
+def test_a_selector_that_is_no_name_is_refused_by_field(value: Any) -> None:
+    assert "`selection.selector`" in complaint(with_fields({"selection.selector": value}))
+
+
+# --- values that do not fit ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "right"),
+    [
+        ("pool.samples", 0, "greater than or equal to 1"),
+        ("pool.samples", "many", "valid integer"),
+        ("pool.samples", 3.5, "valid integer"),
+        ("pool.seed", -1, "greater than or equal to 0"),
+        ("pool.sequence_length", "long", "valid integer"),
+        ("pool.packing", "jion", "'join' or 'separate'"),
+        ("pool.sources", [], "at least 1 item"),
+        ("pool.sources", "pool.jsonl", "valid tuple"),
+        ("pool.sources.0", "pool.jsonl", "valid dictionary"),
+        ("pool.sources.0.rows", 0, "greater than or equal to 1"),
+        ("pool.sources.0.text", 3, "valid string"),
+        ("model.dtype", "float64", "'float32', 'bfloat16' or 'float16'"),
+        ("model.trust_remote_code", "perhaps", "valid boolean"),
+        ("statistics.sites", "linears", "'linear_inputs' or 'block_inputs'"),
+        ("statistics.skip_tokens", -1, "greater than or equal to 0"),
+        ("statistics.shard_samples", 0, "greater than or equal to 1"),
+        ("outliers.rule", "quantile", "'sigma'"),
+        ("outliers.k", 0, "greater than 0"),
+        ("outliers.k", float("nan"), "finite"),
+        ("outliers.k", float("inf"), "finite"),
+        ("outliers.weighting", "none", "'full'"),
+        ("selection.budget", 0, "greater than or equal to 1"),
+        ("selection.seed", -1, "greater than or equal to 0"),
+        ("quantization.bits", 1, "greater than or equal to 2"),
+        ("quantization.bits", 9, "less than or equal to 8"),
+        ("quantization.group_size", 0, "greater than or equal to 1"),
+        ("quantization.damping", -0.1, "greater than or equal to 0"),
+        ("quantization.storage_dtype", "int8", "'auto'"),
+        ("evaluation.perplexity.0.window", 1, "greater than or equal to 2"),
+        ("evaluation.divergence.0.limit", 0, "greater than or equal to 1"),
+        ("evaluation.divergence.1.window", None, "valid integer"),
+        ("device", 0, "valid string"),
+    ],
+)
+def test_a_wrong_value_names_its_field_what_was_given_and_what_would_be_right(
+    field: str, value: Any, right: str
+) -> None:
+    said = complaint(with_fields({field: value}))
+    assert f"`{field}`: " in said
+    assert right in said
+    assert f"(got {value!r})" in said
+
+
+@pytest.mark.parametrize("lengths", [1, 0, -3, [], [32, 1]])
+def test_a_sequence_length_below_two_tokens_is_refused(lengths: Any) -> None:
+    said = complaint(with_fields({"pool.sequence_length": lengths}))
+    assert "`pool`" in said
+    assert "a sequence length is at least 2 tokens" in said
+
+
+@pytest.mark.parametrize(
+    ("value", "missing"),
+    [
+        ({}, ("model", "pool")),
+        ({"model": {"source": "a/b"}}, ("pool",)),
+        ({"pool": {"sources": [{"path": "a.jsonl"}]}}, ("model",)),
+        ({"model": {}, "pool": {}}, ("model.source", "pool.sources")),
+    ],
+)
+def test_every_missing_section_or_field_is_named(value: dict[str, Any], missing: tuple[str, ...]) -> None:
+    said = complaint(value)
+    assert [part for part in said.removeprefix("Recipe run.yaml: ").split("; ")] == [
+        f"field `{name}` is required" for name in missing
+    ]
+
+
+@pytest.mark.parametrize("section", ["model", "pool", "statistics", "selection", "quantization", "evaluation"])
+@pytest.mark.parametrize("value", [None, 3, "text", [1]])
+def test_a_section_that_is_no_mapping_is_refused_by_name(section: str, value: Any) -> None:
+    said = complaint({**SMALLEST, section: value})
+    assert f"`{section}`: " in said
+    assert "dictionary" in said
+
+
+def test_a_key_that_is_no_text_is_refused() -> None:
+    assert "`1`" in complaint({**SMALLEST, 1: "x"})
+
+
+@pytest.mark.parametrize("place", [{}, {"path": "a.jsonl", "hub": "owner/texts"}], ids=["neither", "both"])
+@pytest.mark.parametrize("where", ["pool.sources.0", "evaluation.divergence.1"])
+def test_a_source_with_both_or_neither_of_path_and_hub_is_refused(where: str, place: dict[str, str]) -> None:
+    said = complaint(with_fields({where: {"text": "text", **place}}))
+    assert f"`{where}`: give either `path` or `hub`" in said
+
+
+@pytest.mark.parametrize("wrong", [{"path": "a", "txt": "b"}, {"text": "a"}, {"path": "a", "rows": 0}])
+def test_one_wrong_source_is_the_only_thing_complained_of(wrong: dict[str, Any]) -> None:
+    said = complaint(with_fields({"pool.sources.0": wrong}))
+    assert "at least 1 item" not in said
+
+
+# --- parts that must fit together ----------------------------------------------------------------------------------
+
+
+def test_a_budget_larger_than_the_pool_is_refused_with_the_largest_that_fits() -> None:
+    said = complaint(with_fields({"pool.samples": 8, "selection.budget": 9}))
+    assert "selection.budget (9) is larger than pool.samples (8)" in said
+    assert "at most 8" in said
+
+
+def test_a_budget_may_be_the_whole_pool() -> None:
+    assert recipe(pool__samples=8, selection__budget=8).selection.budget == 8
+
+
+def test_skipping_all_tokens_of_a_sample_is_refused() -> None:
+    said = complaint(with_fields({"pool.sequence_length": 16, "statistics.skip_tokens": 16}))
+    assert "statistics.skip_tokens (16) leaves nothing of samples of 16 tokens" in said
+    assert "pool.sequence_length" in said
+
+
+def test_the_shortest_length_decides_how_many_tokens_can_be_skipped() -> None:
+    assert "samples of 8 tokens" in complaint(
+        with_fields({"pool.sequence_length": [64, 8], "statistics.skip_tokens": 8})
+    )
+
+
+def test_all_tokens_but_one_may_be_skipped() -> None:
+    assert recipe(pool__sequence_length=[64, 8], statistics__skip_tokens=7).statistics.skip_tokens == 7
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_file_is_read_as_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {source: owner/model}\npool:\n  sources: [{path: /data/pool.jsonl}]\n  samples: 99\n")
+    assert load_recipe(path).pool.samples == 99
+
+
+def test_a_missing_recipe_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="There is no recipe file .*none.yaml"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_broken_yaml_names_the_file_and_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("model:\n  source: a/b\npool: [1\n")
+    with pytest.raises(InputError, match=r"broken\.yaml is not valid YAML[\s\S]*line 3"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("content", ["", "- model\n", "model\n", "3\n"])
+def test_yaml_that_is_no_mapping_is_refused_by_file(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"list\.yaml must be a mapping of sections such as `model:`"):
+        load_recipe(path)
+
+
+def test_a_recipe_that_is_not_utf_8_is_refused_by_file(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("model: {source: caf\xe9}\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"latin\.yaml cannot be read: .*utf-8"):
+        load_recipe(path)
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read: .*directory"):
+        load_recipe(tmp_path)
+
+
+def test_a_wrong_field_in_a_file_names_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, with_fields({"pool.sampels": 3}))
+    with pytest.raises(InputError, match=rf"Recipe {path}: there is no field `pool.sampels`"):
+        load_recipe(path)
+
+
+# --- overrides -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("assignment", "field", "value"),
+    [
+        ("selection.budget=16", "selection.budget", 16),
+        ("selection.budget = 16", "selection.budget", 16),
+        ("device=cuda:1", "device", "cuda:1"),
+        ("outliers.k=2.5", "outliers.k", 2.5),
+        ("quantization.group_size=null", "quantization.group_size", None),
+        ("quantization.symmetric=true", "quantization.symmetric", True),
+        ("pool.sequence_length=[32, 64]", "pool.sequence_length", [32, 64]),
+        ("pool.sources.0.text=body", "pool.sources.0.text", "body"),
+        ("pool.sources.0={path: z=1.txt}", "pool.sources.0", {"path": "z=1.txt"}),
+        ("evaluation.divergence.1.window=64", "evaluation.divergence.1.window", 64),
+        ("evaluation={}", "evaluation", {}),
+        ("selection={selector: random}", "selection", {"selector": "random"}),
+    ],
+)
+def test_an_override_does_what_the_same_value_in_the_file_does(
+    tmp_path: Path, assignment: str, field: str, value: Any
+) -> None:
+    overridden = load_recipe(written(tmp_path, with_fields({})), [assignment])
+    assert overridden == load_recipe(written(tmp_path, with_fields({field: value})))
+    assert overridden != load_recipe(written(tmp_path, with_fields({})))
+
+
+def test_the_last_of_two_overrides_of_a_field_counts(tmp_path: Path) -> None:
+    path = written(tmp_path, SMALLEST)
+    assert load_recipe(path, ["selection.budget=3", "selection.budget=5"]).selection.budget == 5
+
+
+@pytest.mark.parametrize("assignment", ["selection.budget", "=3", " =3", "selection..budget=3", ".budget=3", "", "a.=1"])
+def test_an_override_of_another_form_is_shown_how_to_write_it(tmp_path: Path, assignment: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(written(tmp_path, SMALLEST), [assignment])
+    assert f"--set {assignment}: write it as section.field=value, for example selection.budget=16." in str(caught.value)
+
+
+def test_an_override_whose_value_is_no_yaml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--set pool.sequence_length=\[32: the value is not valid YAML"):
+        load_recipe(written(tmp_path, SMALLEST), ["pool.sequence_length=[32"])
+
+
+@pytest.mark.parametrize("entry", ["1", "x", "-1"])
+@pytest.mark.parametrize("rest", [".text=body", "={path: b.txt}"])
+def test_an_override_of_a_list_entry_that_is_not_there_is_refused(tmp_path: Path, entry: str, rest: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(written(tmp_path, SMALLEST), [f"pool.sources.{entry}{rest}"])
+    assert f"there is no `{entry}` there; a list entry is named by its number from 0" in str(caught.value)
+
+
+def test_an_override_inside_a_single_value_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="`model.source` is a single value and has no fields"):
+        load_recipe(written(tmp_path, SMALLEST), ["model.source.name=3"])
+
+
+def test_a_misspelt_override_names_the_nearest_field(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"there is no field `pool.sampels`; did you mean `pool.samples`\?"):
+        load_recipe(written(tmp_path, SMALLEST), ["pool.sampels=3"])
+
+
+# --- paths ---------------------------------------------------------------------------------------------------------
+
+
+def test_paths_relative_to_the_recipe_file_become_absolute(tmp_path: Path) -> None:
+    value = with_fields({"pool.sources": [{"path": "texts/pool.jsonl"}, {"path": "../more.txt"}]})
+    loaded = load_recipe(written(tmp_path, value))
+    paths = [source.path for source in (*loaded.pool.sources, *loaded.evaluation.texts)]
+    assert paths == [str(tmp_path / name) for name in ("texts/pool.jsonl", "../more.txt", "a.txt", "a.jsonl", "b.jsonl")]
+
+
+def test_the_folder_one_works_in_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    path = written(tmp_path / "recipes", SMALLEST)
+    monkeypatch.chdir(tmp_path / "recipes")
+    beside = load_recipe(Path("recipe.yaml"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_recipe(path) == beside
+    assert beside.pool.sources[0].path == str(tmp_path / "recipes" / "pool.jsonl")
+
+
+def test_absolute_paths_stay(tmp_path: Path) -> None:
+    value = with_fields({"pool.sources.0.path": "/data/pool.jsonl"})
+    assert load_recipe(written(tmp_path, value)).pool.sources[0].path == "/data/pool.jsonl"
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    value = with_fields({"pool.sources.0.path": "~/pool.jsonl"})
+    assert load_recipe(written(tmp_path, value)).pool.sources[0].path == "/home/someone/pool.jsonl"
+
+
+def test_a_model_folder_beside_the_recipe_becomes_absolute(tmp_path: Path) -> None:
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    value = with_fields({"model.source": "models/tiny"})
+    assert load_recipe(written(tmp_path, value)).model.source == str(tmp_path / "models" / "tiny")
+
+
+def test_a_gguf_file_becomes_absolute_even_when_it_is_not_there(tmp_path: Path) -> None:
+    value = with_fields({"model.source": "tiny.gguf"})
+    assert load_recipe(written(tmp_path, value)).model.source == str(tmp_path / "tiny.gguf")
+
+
+def test_hub_ids_stay_as_they_are(tmp_path: Path) -> None:
+    value = with_fields({"model.source": "owner/model", "pool.sources.0": {"hub": "owner/texts"}})
+    loaded = load_recipe(written(tmp_path, value))
+    assert (loaded.model.source, loaded.pool.sources[0].hub, loaded.pool.sources[0].path) == (
+        "owner/model",
+        "owner/texts",
+        None,
+    )
+
+
+def test_a_data_set_folder_beside_the_recipe_becomes_absolute(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    value = with_fields({"pool.sources.0": {"hub": "texts"}})
+    assert load_recipe(written(tmp_path, value)).pool.sources[0].hub == str(tmp_path / "texts")
+
+
+# --- round trip ----------------------------------------------------------------------------------------------------
+
+_names = st.text("abcxyz_/.-é", min_size=1, max_size=12).filter(lambda name: not name.startswith("~"))
+_sources = st.one_of(
+    st.fixed_dictionaries({"path": _names}, optional={"text": _names, "domain": _names, "rows": st.integers(1, 9)}),
+    st.fixed_dictionaries({"hub": _names}, optional={"config": _names, "split": _names, "revision": _names}),
+)
+_recipes = st.fixed_dictionaries(
+    {
+        "model": st.fixed_dictionaries(
+            {"source": _names}, optional={"dtype": st.sampled_from(["float32", "bfloat16", "float16"])}
+        ),
+        "pool": st.fixed_dictionaries(
+            {"sources": st.lists(_sources, min_size=1, max_size=3), "samples": st.integers(10, 999)},
+            optional={
+                "sequence_length": st.integers(9, 4096) | st.lists(st.integers(9, 4096), min_size=1, max_size=3),
+                "packing": st.sampled_from(["join", "separate"]),
+                "seed": st.integers(0, 2**40),
+            },
+        ),
+        "selection": st.fixed_dictionaries({"budget": st.integers(1, 10)}),
+    },
+    optional={
+        "statistics": st.fixed_dictionaries({"skip_tokens": st.integers(0, 8)}),
+        "outliers": st.fixed_dictionaries({"k": st.floats(1e-300, 1e300)}),
+        "quantization": st.fixed_dictionaries(
+            {"group_size": st.none() | st.integers(1, 512), "damping": st.floats(0, 1e300)}
+        ),
+        "evaluation": st.fixed_dictionaries(
+            {
+                "perplexity": st.lists(st.fixed_dictionaries({"path": _names}), max_size=2),
+                "divergence": st.lists(_sources, max_size=2),
+            }
+        ),
+    },
+)
+
+
+@given(_recipes)
+def test_a_recipe_written_as_json_parses_back_to_an_equal_one(value: dict[str, Any]) -> None:
+    first = parse_recipe(value, FOLDER)
+    assert parse_recipe(json.loads(first.model_dump_json()), Path("/elsewhere")) == first
+
+
+@given(_recipes)
+def test_a_recipe_written_as_plain_values_parses_back_to_an_equal_one(value: dict[str, Any]) -> None:
+    first = parse_recipe(value, FOLDER)
+    assert parse_recipe(yaml.safe_load(yaml.safe_dump(first.model_dump(mode="json"))), Path("/elsewhere")) == first

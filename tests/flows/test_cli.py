@@ -1,0 +1,173 @@
+"""The command line: exit codes, sentences, JSON, and what each command leaves behind."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import cli
+from storage.artifacts import ArtifactStore
+from tests.flows.test_run import run_here
+
+WriteRecipe = Callable[..., Path]
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], store: ArtifactStore) -> Command:
+    """Return a function that runs a command line and returns exit code, stdout and stderr on one line each."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["covercal", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, " ".join(err.split())
+
+    return call
+
+
+def test_an_unknown_field_exits_with_2_and_names_the_nearest(command: Command, write_recipe: WriteRecipe) -> None:
+    code, _, err = command("run", write_recipe(selection={"budgte": 3}))
+    assert code == 2
+    assert "there is no field `selection.budgte`; did you mean `selection.budget`?" in err
+
+
+def test_an_override_of_an_unknown_field_exits_with_2(command: Command, write_recipe: WriteRecipe) -> None:
+    code, _, err = command("plan", write_recipe(), "--set", "quantization.bit=3")
+    assert code == 2
+    assert "did you mean `quantization.bits`?" in err
+
+
+def test_a_missing_model_exits_with_2_before_anything_is_built(
+    command: Command, write_recipe: WriteRecipe, store: ArtifactStore
+) -> None:
+    code, _, err = command("run", write_recipe(model={"source": "/no/such/model"}))
+    assert code == 2
+    assert "/no/such/model" in err
+    assert not list(store.manifests())
+
+
+def test_a_cache_folder_that_is_not_writable_is_an_error_that_names_it(
+    command: Command, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("COVERCAL_CACHE", str(tmp_path / "file" / "cache"))
+    code, _, err = command("run", write_recipe())
+    assert code == 2
+    assert str(tmp_path / "file" / "cache") in err
+    assert "COVERCAL_CACHE" in err
+
+
+def test_run_json_is_one_object_with_everything(
+    command: Command, write_recipe: WriteRecipe, store: ArtifactStore
+) -> None:
+    path = write_recipe()
+    chain, _ = run_here(path, store)
+    code, out, _ = command("run", path, "--json")
+    value = json.loads(out)
+    assert code == 0
+    assert {row["decision"] for row in value["stages"]} == {"hit"}
+    assert set(value["stages"][0]) >= {"stage", "key", "decision", "reason", "seconds"}
+    assert value["selection"]["budget"] == 4
+    assert len(value["selection"]["samples"]) == 4
+    assert 0 < value["selection"]["weighted_coverage"] <= 1
+    assert value["checkpoint"] == str(store.path(chain.checkpoint))
+    scores = value["evaluation"][0]
+    assert scores["original"]["all"]["divergence"] == 0
+    assert scores["run"]["all"]["divergence"] > 0
+    assert set(scores["run"]["domains"]) == {"animals", "numbers", "code"}
+
+
+def test_run_shows_a_table_that_names_original_nearest_and_this_run(
+    command: Command, write_recipe: WriteRecipe, store: ArtifactStore
+) -> None:
+    path = write_recipe()
+    run_here(path, store)
+    code, out, _ = command("run", path)
+    assert code == 0
+    for wanted in ("original", "round to nearest", "this run, gptq", "KL, nats per token", "size on disk", "Chosen"):
+        assert wanted in out
+    assert "random choice of that size" in out
+
+
+def test_plan_json_says_what_is_cached_and_why_not(
+    command: Command, write_recipe: WriteRecipe, store: ArtifactStore
+) -> None:
+    path = write_recipe()
+    run_here(path, store)
+    code, out, _ = command("plan", path, "--set", "quantization.bits=2", "--json")
+    rows = {row["stage"]: row for row in json.loads(out)["stages"]}
+    assert code == 0
+    assert rows["selection"]["decision"] == "hit"
+    assert (rows["checkpoint"]["decision"], rows["checkpoint"]["reason"]) == ("build", "quantization.bits: 4 -> 2")
+
+
+def test_run_output_is_a_checkpoint_that_loads(
+    command: Command, write_recipe: WriteRecipe, store: ArtifactStore, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = write_recipe()
+    run_here(path, store)
+    code, _, _ = command("run", path, "--output", tmp_path / "checkpoint")
+    assert code == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").config.model_type == "llama"
+    assert AutoTokenizer.from_pretrained(tmp_path / "checkpoint").encode("cat")
+    record = json.loads((tmp_path / "checkpoint" / "covercal.json").read_text())
+    assert record["quantization"]["bits"] == 4
+    assert len(record["calibration"]["samples"]) == 4
+    code, _, err = command("run", path, "--output", tmp_path / "checkpoint")
+    assert (code, "exists already" in err) == (2, True)
+
+
+def test_select_writes_the_chosen_samples_with_text_tokens_domain_rank_and_gain(
+    command: Command, write_recipe: WriteRecipe, store: ArtifactStore, tmp_path: Path
+) -> None:
+    path = write_recipe()
+    run_here(path, store)
+    code, out, _ = command("select", path, "--output", tmp_path / "chosen.jsonl", "--json")
+    rows = [json.loads(line) for line in (tmp_path / "chosen.jsonl").read_text().splitlines()]
+    assert code == 0
+    assert [row["rank"] for row in rows] == [0, 1, 2, 3]
+    assert [row["sample"] for row in rows] == json.loads(out)["selection"]["samples"]
+    assert all(len(row["tokens"]) == 32 and row["text"] and row["domain"] for row in rows)
+    assert rows[0]["gain"] >= rows[1]["gain"] > 0
+
+
+def test_cache_ls_show_and_verify_agree_on_what_is_there(
+    command: Command, write_recipe: WriteRecipe, store: ArtifactStore
+) -> None:
+    chain, _ = run_here(write_recipe(), store)
+    _, out, _ = command("cache", "ls", "--json")
+    listed: list[dict[str, Any]] = json.loads(out)["artifacts"]
+    assert {row["key"] for row in listed} == {manifest.key for manifest in store.manifests()}
+    _, out, _ = command("cache", "show", chain.outliers.key[:16], "--json")
+    shown = json.loads(out)
+    assert [each["stage"] for each in shown["inputs"]] == ["statistics", "statistics"]
+    assert [each["stage"] for each in shown["read_by"]] == ["selection"]
+    code, out, _ = command("cache", "verify", "--json")
+    assert (code, json.loads(out)) == (0, {"checked": len(listed), "faults": {}})
+
+
+def test_cache_verify_names_a_flipped_bit_and_exits_with_1(
+    command: Command, write_recipe: WriteRecipe, store: ArtifactStore
+) -> None:
+    chain, _ = run_here(write_recipe(), store)
+    file = store.path(chain.outliers) / "outliers.parquet"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    code, out, _ = command("cache", "verify")
+    assert code == 1
+    assert f"outliers/{chain.outliers.key}: file outliers.parquet does not match its sha256" in out
+
+
+def test_cache_show_of_an_unknown_key_is_a_sentence(command: Command) -> None:
+    code, _, err = command("cache", "show", "feed")
+    assert code == 1
+    assert "0 artifacts have a key that begins with 'feed'" in err

@@ -1,0 +1,148 @@
+"""Arrays come back bit for bit, and what is missing is never read as numbers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from storage.arrays import CHUNK_COLUMNS, read_array, write_array
+from storage.errors import StorageError
+
+WIDE = 2 * CHUNK_COLUMNS + 5
+
+
+def numbers(rows: int, columns: int, dtype: str = "float32") -> np.ndarray:
+    return np.random.default_rng(0).integers(1, 100, (rows, columns)).astype(dtype)
+
+
+def shards(path: Path) -> list[Path]:
+    return [each for each in path.rglob("*") if each.is_file() and each.name != "zarr.json"]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
+    """A stored array that spans three chunks, and its values."""
+    path, values = tmp_path_factory.mktemp("wide") / "array", numbers(3, WIDE)
+    write_array(path, values)
+    return path, values
+
+
+@given(
+    values=npst.arrays(
+        np.float32, npst.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.floats(width=32, allow_nan=False)
+    )
+)
+def test_a_float32_matrix_comes_back_bit_for_bit(
+    values: np.ndarray, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("floats") / "array"
+    write_array(path, values)
+    assert read_array(path).tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "int64"])
+@pytest.mark.parametrize("extreme", ["min", "max"])
+def test_an_integer_matrix_comes_back(tmp_path: Path, dtype: str, extreme: str) -> None:
+    values = np.full((2, 3), getattr(np.iinfo(dtype), extreme), dtype)
+    write_array(tmp_path / "array", values)
+    found = read_array(tmp_path / "array")
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, values)
+
+
+@pytest.mark.parametrize("columns", [0, 1, CHUNK_COLUMNS - 1, CHUNK_COLUMNS, CHUNK_COLUMNS + 1, WIDE])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_every_shape_comes_back(tmp_path: Path, rows: int, columns: int) -> None:
+    values = numbers(rows, columns)
+    write_array(tmp_path / "array", values)
+    found = read_array(tmp_path / "array")
+    assert found.shape == values.shape
+    np.testing.assert_array_equal(found, values)
+
+
+def test_a_matrix_in_column_order_comes_back(tmp_path: Path) -> None:
+    values = np.asfortranarray(numbers(4, 7))
+    write_array(tmp_path / "array", values)
+    np.testing.assert_array_equal(read_array(tmp_path / "array"), values)
+
+
+def test_zeros_come_back_as_zeros(tmp_path: Path) -> None:
+    write_array(tmp_path / "array", np.zeros((3, 5), np.float32))
+    np.testing.assert_array_equal(read_array(tmp_path / "array"), np.zeros((3, 5)))
+
+
+@pytest.mark.parametrize("columns", [1, CHUNK_COLUMNS, WIDE])
+def test_an_array_is_one_shard_file(tmp_path: Path, columns: int) -> None:
+    write_array(tmp_path / "array", numbers(3, columns))
+    assert len(shards(tmp_path / "array")) == 1
+
+
+def test_the_same_values_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_array(tmp_path / name, numbers(3, WIDE))
+    one, two = (sorted(p for p in (tmp_path / name).rglob("*") if p.is_file()) for name in ("one", "two"))
+    assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
+
+
+@given(columns=st.lists(st.integers(0, WIDE - 1), max_size=12))
+def test_some_columns_equal_those_of_the_whole(wide: tuple[Path, np.ndarray], columns: list[int]) -> None:
+    path, values = wide
+    np.testing.assert_array_equal(read_array(path, columns), values[:, np.asarray(columns, dtype=int)])
+
+
+def test_a_column_that_is_not_there_is_an_error(wide: tuple[Path, np.ndarray]) -> None:
+    with pytest.raises(IndexError):
+        read_array(wide[0], [WIDE])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_floats_other_than_float32_are_refused(tmp_path: Path, dtype: str) -> None:
+    with pytest.raises(ValueError, match=dtype):
+        write_array(tmp_path / "array", numbers(2, 2, dtype))
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 2, 2)])
+def test_what_is_not_a_matrix_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="matrix"):
+        write_array(tmp_path / "array", np.ones(shape, np.float32))
+
+
+def test_a_single_nan_is_refused(tmp_path: Path) -> None:
+    values = numbers(3, 5)
+    values[2, 4] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        write_array(tmp_path / "array", values)
+
+
+def test_a_refused_array_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        write_array(tmp_path / "array", np.full((2, 2), np.nan, np.float32))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_array_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    values = numbers(3, 5)
+    write_array(tmp_path / "array", values)
+    with pytest.raises(ValueError, match="exists"):
+        write_array(tmp_path / "array", values + 1)
+    np.testing.assert_array_equal(read_array(tmp_path / "array"), values)
+
+
+@pytest.mark.parametrize("columns", [None, [0, 3]], ids=["whole", "columns"])
+def test_a_deleted_chunk_file_is_an_error_and_not_zeros(tmp_path: Path, columns: list[int] | None) -> None:
+    write_array(tmp_path / "array", numbers(3, 5))
+    shards(tmp_path / "array")[0].unlink()
+    with pytest.raises(StorageError, match=r"array lacks a chunk"):
+        read_array(tmp_path / "array", columns)
+
+
+@pytest.mark.parametrize("lost", [1, 4, 16, 40])
+def test_a_chunk_file_cut_short_is_an_error(tmp_path: Path, lost: int) -> None:
+    write_array(tmp_path / "array", numbers(3, 5))
+    shard = shards(tmp_path / "array")[0]
+    shard.write_bytes(shard.read_bytes()[:-lost])
+    with pytest.raises((ValueError, StorageError)):
+        read_array(tmp_path / "array")
