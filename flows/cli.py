@@ -1,6 +1,7 @@
 """The command line: `covercal run | plan | select | demo | cache`."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -213,6 +214,7 @@ def verify_artifacts(
 
 def main() -> None:
     """Run the command line; errors that a user can act on end in one sentence and exit code 1 or 2."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars would tear the display
     try:
         app()
     except (InputError, UnwritableStoreError) as error:

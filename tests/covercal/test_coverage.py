@@ -176,6 +176,12 @@ def test_samples_that_fire_one_channel_each_come_by_falling_weight(weights: list
     np.testing.assert_array_equal(cover.order, falling)
 
 
+def test_light_channels_are_told_apart_also_in_a_round_that_no_heavy_one_is_left_for() -> None:
+    coverage = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0], [0, 0, 1]], dtype=bool)
+    weights = np.array([1.0, 2.0**-36, 2.0**-36 * (1 + 2.0**-30)])
+    assert greedy_cover(coverage, weights, 5).order.tolist() == [0, 2, 1, 4, 3]
+
+
 def test_weights_whose_sum_overflows_are_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         greedy_cover(np.eye(2, dtype=bool), np.array([1.5e308, 1.7e308]), 2)

@@ -203,11 +203,10 @@ def test_a_selector_near_to_nothing_lists_the_known_ones() -> None:
     assert "known: coverage, random" in complaint(with_fields({"selection.selector": "zzz"}))
 
 
-@pytest.mark.parametrize(("name", "meant"), [("gtpq", "gptq"), ("GPTQ", "gptq"), ("rnt", "rtn")])
-def test_an_unknown_method_names_the_nearest_whatever_its_case(name: str, meant: str) -> None:
+@pytest.mark.parametrize(("name", "meant"), [("gtpq", "gptq"), ("gpt", "gptq"), ("rnt", "rtn")])
+def test_an_unknown_method_names_the_nearest(name: str, meant: str) -> None:
     said = complaint(with_fields({"quantization.method": name}))
-    assert f"`quantization.method`: there is no method '{name}'" in said
-    assert meant in said
+    assert f"`quantization.method`: there is no method '{name}'; did you mean '{meant}'?" in said
 
 
 @pytest.mark.parametrize("value", [["coverage", "random"], {"name": "coverage"}, 3, None])
@@ -282,9 +281,7 @@ def test_a_sequence_length_below_two_tokens_is_refused(lengths: Any) -> None:
 )
 def test_every_missing_section_or_field_is_named(value: dict[str, Any], missing: tuple[str, ...]) -> None:
     said = complaint(value)
-    assert [part for part in said.removeprefix("Recipe run.yaml: ").split("; ")] == [
-        f"field `{name}` is required" for name in missing
-    ]
+    assert said.removeprefix("Recipe run.yaml: ").split("; ") == [f"field `{name}` is required" for name in missing]
 
 
 @pytest.mark.parametrize("section", ["model", "pool", "statistics", "selection", "quantization", "evaluation"])
@@ -351,7 +348,7 @@ def test_a_recipe_file_is_read_as_yaml(tmp_path: Path) -> None:
 
 
 def test_a_missing_recipe_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="There is no recipe file .*none.yaml"):
+    with pytest.raises(InputError, match=r"There is no recipe file .*none\.yaml"):
         load_recipe(tmp_path / "none.yaml")
 
 
@@ -378,7 +375,7 @@ def test_a_recipe_that_is_not_utf_8_is_refused_by_file(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be read: .*directory"):
+    with pytest.raises(InputError, match=r"cannot be read: .*directory"):
         load_recipe(tmp_path)
 
 
@@ -421,7 +418,7 @@ def test_the_last_of_two_overrides_of_a_field_counts(tmp_path: Path) -> None:
     assert load_recipe(path, ["selection.budget=3", "selection.budget=5"]).selection.budget == 5
 
 
-@pytest.mark.parametrize("assignment", ["selection.budget", "=3", " =3", "selection..budget=3", ".budget=3", "", "a.=1"])
+@pytest.mark.parametrize("assignment", ["selection.budget", "=3", " =3", "selection..budget=3", ".budget=3", "", "a.="])
 def test_an_override_of_another_form_is_shown_how_to_write_it(tmp_path: Path, assignment: str) -> None:
     with pytest.raises(InputError) as caught:
         load_recipe(written(tmp_path, SMALLEST), [assignment])
@@ -442,7 +439,7 @@ def test_an_override_of_a_list_entry_that_is_not_there_is_refused(tmp_path: Path
 
 
 def test_an_override_inside_a_single_value_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="`model.source` is a single value and has no fields"):
+    with pytest.raises(InputError, match=r"`model\.source` is a single value and has no fields"):
         load_recipe(written(tmp_path, SMALLEST), ["model.source.name=3"])
 
 
@@ -458,7 +455,8 @@ def test_paths_relative_to_the_recipe_file_become_absolute(tmp_path: Path) -> No
     value = with_fields({"pool.sources": [{"path": "texts/pool.jsonl"}, {"path": "../more.txt"}]})
     loaded = load_recipe(written(tmp_path, value))
     paths = [source.path for source in (*loaded.pool.sources, *loaded.evaluation.texts)]
-    assert paths == [str(tmp_path / name) for name in ("texts/pool.jsonl", "../more.txt", "a.txt", "a.jsonl", "b.jsonl")]
+    names = ["texts/pool.jsonl", "../more.txt", "a.txt", "a.jsonl", "b.jsonl"]
+    assert paths == [str(tmp_path / name) for name in names]
 
 
 def test_the_folder_one_works_in_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from storage.local import build_lock
 
 REPOSITORY = Path(__file__).parents[2]
 NOBODY = 65534
@@ -63,3 +66,13 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
         for path in (folder, *folder.rglob("*"))
         for status in [path.stat()]
     }
+
+
+def waits_for_a_lock(thread: threading.Thread) -> bool:
+    """Tell whether `thread` has found a build lock taken."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None:
+        if frame.f_code is build_lock.__wrapped__.__code__ and frame.f_locals.get("waited"):
+            return True
+        frame = frame.f_back
+    return False

@@ -35,9 +35,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
         np.float32, npst.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.floats(width=32, allow_nan=False)
     )
 )
-def test_a_float32_matrix_comes_back_bit_for_bit(
-    values: np.ndarray, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_float32_matrix_comes_back_bit_for_bit(values: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("floats") / "array"
     write_array(path, values)
     assert read_array(path).tobytes() == values.tobytes()

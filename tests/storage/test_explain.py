@@ -84,9 +84,11 @@ def test_one_changed_leaf_is_exactly_one_line(tree: dict[str, Any], data: st.Dat
 @given(tree=trees)
 def test_every_leaf_has_a_path_of_its_own(tree: dict[str, Any]) -> None:
     def count(value: Any) -> int:
-        return sum(map(count, value.values() if isinstance(value, dict) else value)) if isinstance(
-            value, dict | list
-        ) else 1
+        return (
+            sum(map(count, value.values() if isinstance(value, dict) else value))
+            if isinstance(value, dict | list)
+            else 1
+        )
 
     assert len(flatten(tree)) == count(tree)
 
@@ -121,10 +123,10 @@ def test_a_change_of_the_stage_version_comes_before_the_fields() -> None:
 
 
 def test_three_changes_are_all_named() -> None:
-    new, old = ({name: value for name in "abc"} for value in (1, 0))
+    new, old = (dict.fromkeys("abc", value) for value in (1, 0))
     assert explain_miss(1, new, [(1, old, "2025-01-01")]) == "a: 0 -> 1, b: 0 -> 1, c: 0 -> 1"
 
 
 def test_of_more_than_three_changes_the_rest_is_counted() -> None:
-    new, old = ({name: value for name in "abcde"} for value in (1, 0))
+    new, old = (dict.fromkeys("abcde", value) for value in (1, 0))
     assert explain_miss(1, new, [(1, old, "2025-01-01")]) == "a: 0 -> 1, b: 0 -> 1, c: 0 -> 1, and 2 more"

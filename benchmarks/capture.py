@@ -1,0 +1,84 @@
+"""Activation capture against the plain forward pass of the same tokens without head, alternating in one process.
+
+`python -m benchmarks.capture [--tokens 8192] [--rounds 5] [--output FILE]`
+"""
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks.real_model import real_model_folder, report
+from covercal.decoder import Decoder, batches, load_decoder, token_tensor
+from covercal.evaluation import Tokens
+from covercal.pool import Counts, pack, unique_documents
+from covercal.recipe import TextSource
+from covercal.statistics import BATCH_TOKENS, capture
+from tasks.cached import open_store
+
+LENGTH = 256
+
+
+def real_sequences(folder: Path, tokens: int) -> list[Tokens]:
+    from transformers import AutoTokenizer
+
+    source = TextSource(path=str(open_store().root / "demo" / "pool.jsonl"), domain="domain")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    documents = unique_documents([source], counts := Counts())
+    packed = pack(documents, tokenizer, (LENGTH,), packing="join", seed=0, counts=counts)
+    return [sample.tokens for sample, _ in zip(packed, range(tokens // LENGTH), strict=False)]
+
+
+@torch.inference_mode()
+def plain_forward(decoder: Decoder, sequences: list[Tokens]) -> None:
+    for members in batches(sequences, BATCH_TOKENS):
+        decoder.body(input_ids=token_tensor([sequences[m] for m in members], decoder.device), use_cache=False)
+
+
+def seconds(function: object, *arguments: object, **keywords: object) -> float:
+    started = time.perf_counter()
+    function(*arguments, **keywords)  # type: ignore[operator]
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    wanted = parser.parse_args()
+    folder = real_model_folder()
+    decoder = load_decoder(folder, "float32", torch.device("cpu"))
+    sequences = real_sequences(folder, wanted.tokens)
+    names = [str(i) for i in range(len(sequences))]
+    plain_forward(decoder, sequences[:4])
+    capture(decoder, sequences[:4], names[:4])
+    pairs = []
+    for _ in range(wanted.rounds):
+        plain = seconds(plain_forward, decoder, sequences)
+        captured = seconds(capture, decoder, sequences, names)
+        pairs.append((plain, captured))
+    ratios = [captured / plain for plain, captured in pairs]
+    value = {
+        "tokens": wanted.tokens,
+        "plain_seconds": [round(p, 3) for p, _ in pairs],
+        "capture_seconds": [round(c, 3) for _, c in pairs],
+        "ratio_median": round(median(ratios), 4),
+        "ratio_min": round(min(ratios), 4),
+        "ratio_max": round(max(ratios), 4),
+    }
+    rows = [[f"{p:.2f}", f"{c:.2f}", f"{c / p:.3f}"] for p, c in pairs]
+    rows.append(["", "median", f"{value['ratio_median']:.3f} (to reach: at most 1.15)"])
+    report(
+        f"capture of {wanted.tokens} tokens, float32",
+        ["plain forward, s", "capture, s", "ratio"],
+        rows,
+        value,
+        wanted.output,
+    )
+
+
+if __name__ == "__main__":
+    main()

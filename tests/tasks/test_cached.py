@@ -1,0 +1,284 @@
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+import tasks
+from covercal.recipe import Quantization
+from storage.artifacts import ArtifactStore, Decision, Ref
+from storage.keys import canonical_json
+from tasks.cached import Build, ByDigest, Step, cached, key_material, open_store, references
+from tasks.progress import Progress, listening
+
+KEY, OTHER_KEY = "a" * 64, "b" * 64
+REF = Ref("pool", KEY, "c" * 64)
+
+
+@cached("words", version=1, ignored=("device",))
+def write_words(build: Build, *, words: tuple[str, ...], source: Any = None, device: str = "cpu") -> dict[str, Any]:
+    """Write words to a file, one a line."""
+    advance = build.progress(len(words), "words")
+    for word in words:
+        if word == "bad":
+            raise ValueError("a bad word")
+        advance()
+    (build.folder / "words.txt").write_text("\n".join(words))
+    return {"count": len(words)}
+
+
+def every_step() -> Iterator[Step]:
+    """Yield all steps of the package."""
+    for module in pkgutil.iter_modules(tasks.__path__):
+        for value in vars(importlib.import_module(f"tasks.{module.name}")).values():
+            if isinstance(value, Step):
+                yield value
+
+
+STEPS = {step.stage: step for step in every_step()}
+
+
+# --- key material --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Path("/data/pool.jsonl"), PurePosixPath("pool.jsonl"), {1, 2}, b"bytes", Decimal(1), np.float32(1), np.arange(2)],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("wrap", [lambda v: v, lambda v: {"a": [v]}, lambda v: (1, (v,))], ids=["bare", "map", "row"])
+def test_paths_and_what_is_no_plain_value_cannot_be_part_of_a_key(value: Any, wrap: Any) -> None:
+    with pytest.raises(TypeError, match=f"{type(value).__name__} cannot be part of a key"):
+        key_material(wrap(value))
+
+
+def test_a_path_in_a_data_class_cannot_be_part_of_a_key() -> None:
+    @dataclass
+    class Place:
+        folder: Path
+
+    with pytest.raises(TypeError, match="cannot be part of a key"):
+        key_material(Place(Path("/data")))
+
+
+def test_a_settings_class_that_holds_a_path_cannot_be_part_of_a_key() -> None:
+    class Place(BaseModel):
+        folder: Path
+
+    with pytest.raises(TypeError, match="cannot be part of a key"):
+        key_material(Place(folder=Path("/data")))
+
+
+def test_a_reference_stands_for_its_key() -> None:
+    assert key_material(REF) == {"stage": "pool", "key": KEY}
+
+
+def test_a_reference_by_digest_stands_for_its_content() -> None:
+    assert key_material(ByDigest(REF)) == {"stage": "pool", "digest": "c" * 64}
+
+
+def test_what_has_key_material_of_its_own_speaks_for_itself() -> None:
+    @dataclass
+    class Shard:
+        start: int
+        tokens: str
+
+        def key_material(self) -> dict[str, Any]:
+            return {"tokens": self.tokens, "made_of": REF}
+
+    assert key_material(Shard(3, "abc")) == {"tokens": "abc", "made_of": {"stage": "pool", "key": KEY}}
+
+
+def test_a_data_class_stands_for_its_fields() -> None:
+    @dataclass
+    class Window:
+        size: int
+        limits: tuple[int, ...]
+
+    assert key_material(Window(3, (1, 2))) == {"size": 3, "limits": [1, 2]}
+
+
+def test_a_section_of_the_recipe_stands_for_all_its_fields() -> None:
+    assert key_material(Quantization()) == Quantization().model_dump(mode="json")
+    assert set(key_material(Quantization())) == set(Quantization.model_fields)
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(_json)
+def test_plain_json_stands_for_itself(value: Any) -> None:
+    assert key_material(value) == value
+
+
+@given(st.dictionaries(st.text(), _json, max_size=5))
+def test_the_order_of_inputs_does_not_matter(inputs: dict[str, Any]) -> None:
+    turned = dict(reversed(inputs.items()))
+    assert write_words.request(inputs).key == write_words.request(turned).key
+
+
+@given(_json, _json)
+def test_two_requests_share_a_key_only_when_their_inputs_are_the_same_json(a: Any, b: Any) -> None:
+    same = canonical_json(a) == canonical_json(b)
+    assert (write_words.request({"words": a}).key == write_words.request({"words": b}).key) == same
+
+
+# --- requests ------------------------------------------------------------------------------------------------------
+
+
+def test_ignored_inputs_do_not_change_the_key() -> None:
+    on_cpu = write_words.request({"words": ("a",), "device": "cpu"})
+    on_gpu = write_words.request({"words": ("a",), "device": "cuda"})
+    assert on_cpu.key == on_gpu.key
+
+
+def test_an_ignored_input_may_be_what_a_key_could_not_hold() -> None:
+    assert write_words.request({"words": ("a",), "device": Path("/dev/gpu")}).material == {"words": ["a"]}
+
+
+@pytest.mark.parametrize("changed", [{"words": ("a", "b")}, {"words": ("b",)}, {"source": 1}, {"source": REF}])
+def test_every_other_input_changes_the_key(changed: Mapping[str, Any]) -> None:
+    inputs = {"words": ("a",), "source": None}
+    assert write_words.request(inputs).key != write_words.request({**inputs, **changed}).key
+
+
+def test_a_version_and_a_stage_have_keys_of_their_own() -> None:
+    steps = [Step(stage, version, write_words.build, frozenset()) for stage in ("words", "lines") for version in (1, 2)]
+    assert len({step.request({"words": ("a",)}).key for step in steps}) == 4
+
+
+def test_two_artifacts_of_one_content_share_a_key_by_digest_and_not_by_reference() -> None:
+    same = dataclasses.replace(REF, key=OTHER_KEY)
+    assert (
+        write_words.request({"words": (), "source": ByDigest(REF)}).key
+        == write_words.request({"words": (), "source": ByDigest(same)}).key
+    )
+    assert (
+        write_words.request({"words": (), "source": REF}).key != write_words.request({"words": (), "source": same}).key
+    )
+
+
+def test_infinity_cannot_be_part_of_a_key() -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        _ = write_words.request({"words": float("inf")}).key
+
+
+def test_references_are_found_wherever_they_are() -> None:
+    refs = [Ref("pool", digit * 64) for digit in "123456"]
+    value = {"a": refs[0], "b": (refs[1], [ByDigest(refs[2])]), "c": {"d": {"e": refs[3]}}, "f": [(refs[4],)], "g": 3}
+    assert list(references({**value, "h": ByDigest(refs[5])})) == refs
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_every_ignored_input_is_an_input(step: Step) -> None:
+    assert step.ignored <= set(inspect.signature(step.build).parameters)
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_where_a_step_runs_is_never_in_its_key(step: Step) -> None:
+    places = {"device", "imported"} & set(inspect.signature(step.build).parameters)
+    assert places <= step.ignored
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_every_input_of_a_step_but_the_ignored_ones_is_in_its_key(step: Step) -> None:
+    _, *names = inspect.signature(step.build).parameters
+    assert set(step.request(dict.fromkeys(names, 1)).material) == set(names) - step.ignored
+
+
+def test_every_stage_has_one_step() -> None:
+    steps = {id(step): step.stage for step in every_step()}
+    assert len(steps.values()) == len(set(steps.values()))
+
+
+# --- running -------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_run_builds_and_the_second_hits(store: ArtifactStore) -> None:
+    inputs = {"words": ("a", "b")}
+    first = write_words.run(store, "words", inputs)
+    second = write_words.run(store, "words", inputs)
+    assert (first.decision, second.decision) == (Decision.BUILT, Decision.HIT)
+    assert first.ref == second.ref
+
+
+def test_a_hit_builds_nothing(store: ArtifactStore) -> None:
+    heard: list[Progress] = []
+    write_words.run(store, "words", {"words": ("a",)})
+    with listening(heard.append):
+        write_words.run(store, "words", {"words": ("a",)})
+    assert heard == []
+
+
+def test_a_hit_tells_what_the_build_noted(store: ArtifactStore) -> None:
+    for _ in range(2):
+        assert write_words.run(store, "words", {"words": ("a", "b")}).info == {"count": 2}
+
+
+def test_the_artifact_holds_what_the_build_wrote(store: ArtifactStore) -> None:
+    ref = write_words.run(store, "words", {"words": ("a", "b")}).ref
+    assert (store.path(ref) / "words.txt").read_text() == "a\nb"
+
+
+def test_the_manifest_lists_all_artifacts_that_were_given_even_ignored_ones(store: ArtifactStore) -> None:
+    refs = [dataclasses.replace(REF, key=digit * 64) for digit in "123"]
+    inputs = {"words": (), "source": {"a": (refs[0],), "b": ByDigest(refs[1])}, "device": refs[2]}
+    manifest = store.manifest(write_words.run(store, "words", inputs).ref)
+    assert manifest.inputs == [dataclasses.asdict(ref) for ref in refs]
+
+
+def test_the_manifest_holds_the_key_material(store: ArtifactStore) -> None:
+    inputs = {"words": ("a",), "source": REF, "device": "cuda"}
+    manifest = store.manifest(write_words.run(store, "words", inputs).ref)
+    assert manifest.material == {"words": ["a"], "source": {"stage": "pool", "key": KEY}}
+    assert (manifest.stage, manifest.version) == ("words", 1)
+
+
+def test_a_build_that_fails_commits_nothing_and_is_built_the_next_time(store: ArtifactStore) -> None:
+    broken = {"words": ("a", "bad")}
+    with pytest.raises(ValueError, match="a bad word"):
+        write_words.run(store, "words", broken)
+    assert store.look_up("words", write_words.request(broken).key).manifest is None
+    assert list((store.root / "staging").iterdir()) == []
+
+
+def test_a_build_reports_its_progress_under_its_label(store: ArtifactStore) -> None:
+    heard: list[Progress] = []
+    with listening(heard.append):
+        write_words.run(store, "my words", {"words": ("a", "b")})
+    assert heard == [Progress("my words", done, 2, "words") for done in range(3)]
+
+
+def test_progress_reaches_nobody_after_listening_ends(store: ArtifactStore) -> None:
+    heard: list[Progress] = []
+    with pytest.raises(ValueError, match="a bad word"), listening(heard.append):
+        write_words.run(store, "words", {"words": ("bad",)})
+    before = len(heard)
+    write_words.run(store, "words", {"words": ("a",)})
+    assert len(heard) == before
+
+
+def test_the_store_is_the_folder_in_the_environment(store: ArtifactStore) -> None:
+    assert open_store().root == store.root
+
+
+def test_without_a_folder_in_the_environment_the_store_is_in_the_users_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COVERCAL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert open_store().root == tmp_path / "covercal"
