@@ -152,9 +152,15 @@ def describe_linears(folder: Path, *, trust_remote_code: bool = False) -> dict[s
     InputError
         As `make_decoder`.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError) as cause:
+        raise InputError(
+            f"transformers cannot make a model of {folder / 'config.json'}: {str(cause).strip().splitlines()[0]} "
+            "(a model that brings its own code needs model.trust_remote_code: true)."
+        ) from cause
     path, blocks = find_blocks(model)
     check_blocks(model, blocks)
     return {

@@ -9,6 +9,7 @@ from covercal.errors import InputError
 from covercal.recipe import Model
 
 WEIGHTS = "*.safetensors"
+INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER = (
@@ -103,6 +104,7 @@ def _folder(folder: Path, name: str) -> ModelFiles:
     _check_decoder(files)
     for each in weights:
         _check_safetensors(each)
+    _check_shards(folder)
     return files
 
 
@@ -123,6 +125,15 @@ def _check_decoder(files: ModelFiles) -> None:
         raise InputError(f"model.source {files.folder} is quantised already ({method}); give the original model.")
 
 
+def _check_shards(folder: Path) -> None:
+    """Raise when the index of a sharded model names a file that is not there."""
+    index = folder / INDEX
+    if index.is_file():
+        for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values())):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder} lacks {name}, which {INDEX} names; fetch the file.")
+
+
 def _check_safetensors(path: Path) -> None:
     """Raise when a safetensors file is shorter than its own header says."""
     size = path.stat().st_size
@@ -141,7 +152,7 @@ def _download(model: Model) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [WEIGHTS, *CONFIGS, *TOKENIZER, "model.safetensors.index.json"]
+    patterns = [WEIGHTS, *CONFIGS, *TOKENIZER, INDEX]
     if model.trust_remote_code:
         patterns.append("*.py")
     try:

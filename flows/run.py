@@ -97,7 +97,7 @@ def execute(
             else:
                 make_writable_folder(store.root, "The cache folder")
                 _check_model(recipe, inputs, store, planned.events)
-                summary = _run_flow(recipe, recorder, until, verbose=verbose)
+                summary = _run_flow(recipe, recorder, console, until, verbose=verbose)
         except BaseException as error:
             _write(store, recipe, command, when, started, "failed", recorder.events, {}, error)
             raise
@@ -122,9 +122,11 @@ def _check_model(recipe: Recipe, inputs: Inputs, store: ArtifactStore, events: S
         check_inputs(recipe, inputs, store.folder(imported.stage, imported.key))
 
 
-def _run_flow(recipe: Recipe, recorder: Recorder, until: str, *, verbose: bool) -> dict[str, Any]:
+def _run_flow(recipe: Recipe, recorder: Recorder, console: Console, until: str, *, verbose: bool) -> dict[str, Any]:
     for name, value in PREFECT_SETTINGS.items():
         os.environ.setdefault(name, value)
+    if not configured_server():
+        console.print("starting a temporary Prefect server (PREFECT_API_URL names a lasting one) …", highlight=False)
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")

@@ -1,6 +1,7 @@
 """The one decorator: a build function becomes a step that is a store lookup first and a Prefect task on request."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
@@ -51,6 +52,9 @@ class Build:
         tell(Progress(self.label, 0, total, unit))
         return advance
 
+
+DASHBOARD_SECONDS = 1.0
+MIN_SHOWN = 2  # a step of one unit has no progress to show
 
 BuildFunction = Callable[..., Mapping[str, Any] | None]
 
@@ -166,26 +170,35 @@ def references(value: Any) -> Iterator[Ref]:
 
 
 def _dashboard_progress(label: str) -> Callable[[Progress], None]:
-    """Return a listener that shows a task's progress on the Prefect dashboard, at most once a second."""
-    import time
+    """Return a listener that shows a task's progress on the Prefect dashboard, at most once a second.
 
+    A server that does not answer ends the showing, with a warning in the task's log, and never the build.
+    """
+    from httpx import HTTPError
     from prefect.artifacts import create_progress_artifact, update_progress_artifact
+    from prefect.exceptions import PrefectException
+    from prefect.logging import get_run_logger
 
     artifact: Any = None
     last = 0.0
+    broken = False
 
     def show(progress: Progress) -> None:
-        nonlocal artifact, last
+        nonlocal artifact, last, broken
+        if broken or progress.label != label or progress.total < MIN_SHOWN:
+            return
         now = time.monotonic()
-        if progress.label != label or progress.total < 2:
+        if artifact is not None and now - last < DASHBOARD_SECONDS and progress.done < progress.total:
             return
         percent = 100.0 * progress.done / progress.total
-        if artifact is None:
-            artifact = create_progress_artifact(percent, description=f"{label}: {progress.total} {progress.unit}")
-        elif now - last >= 1.0 or progress.done >= progress.total:
-            update_progress_artifact(artifact, percent)
-        else:
-            return
+        try:
+            if artifact is None:
+                artifact = create_progress_artifact(percent, description=f"{label}: {progress.total} {progress.unit}")
+            else:
+                update_progress_artifact(artifact, percent)
+        except (HTTPError, PrefectException) as cause:
+            broken = True
+            get_run_logger().warning("Progress is no longer shown: the Prefect server did not take it (%s).", cause)
         last = now
 
     return show

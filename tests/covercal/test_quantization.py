@@ -27,7 +27,7 @@ from covercal.quantizers.grid import GridSettings, min_max_grid
 from covercal.quantizers.rounding import RoundingSettings
 from covercal.quantizers.rtn import round_to_nearest
 from covercal.recipe import Dtype, Quantization
-from tests.tiny import ARCHITECTURES, BLOCKS, random_tokens, tiny_model
+from tests.tiny import ARCHITECTURES, BLOCKS, WIDTH, random_tokens, tiny_model
 
 SAMPLES = [*random_tokens(5, 24, 1), *random_tokens(4, 15, 2), *random_tokens(3, 24, 3)]
 GPTQ = Quantization(bits=3, group_size=16)
@@ -123,26 +123,44 @@ def test_a_later_block_is_calibrated_behind_the_quantised_earlier_blocks(archite
     assert torch.equal(by_name(blocks)[full].codes, expected_codes(model, full, inputs_of(behind, full)))
 
 
-def test_the_first_site_is_calibrated_behind_the_other_weights_as_the_checkpoint_keeps_them() -> None:
-    model, full = tiny_model("qwen2"), "model.layers.0.self_attn.q_proj"
-    with torch.no_grad():
-        model.model.layers[0].input_layernorm.weight.mul_(torch.linspace(0.5, 1.5, 32))
-    stored = copy.deepcopy(model)
-    round_parameters(stored, "bfloat16")
-    assert_output_error(stored, full, quantized(model, storage="bfloat16"))
+def with_uneven_norms() -> PreTrainedModel:
+    """Return a model with norms that bfloat16 cannot represent, and embeddings that it can."""
+    model = tiny_model("qwen2")
+    round_parameters(model.model.embed_tokens, "bfloat16")
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data *= torch.linspace(0.5, 1.5, WIDTH)
+    return model
 
 
-def test_a_later_block_is_calibrated_behind_the_other_weights_as_the_checkpoint_keeps_them() -> None:
-    model, full = tiny_model("qwen2"), "model.layers.2.self_attn.q_proj"
-    blocks, stored = quantized(model, storage="bfloat16"), copy.deepcopy(model)
-    round_parameters(stored, "bfloat16")
-    behind = replace_linears(stored, [linear for block in blocks[:2] for linear in block.linears])
-    assert_output_error(behind, full, blocks)
+def stored(model: PreTrainedModel, storage: Dtype) -> PreTrainedModel:
+    """Return a copy of the model with every weight as a checkpoint keeps those that are not quantised."""
+    rounded = copy.deepcopy(model)
+    round_parameters(rounded, storage)
+    return rounded
+
+
+def test_the_first_site_is_calibrated_behind_its_norm_as_the_checkpoint_keeps_it() -> None:
+    model = with_uneven_norms()
+    blocks = quantized(model, storage="bfloat16")
+    assert_output_error(stored(model, "bfloat16"), "model.layers.0.self_attn.q_proj", blocks)
+
+
+def test_a_later_block_is_calibrated_behind_blocks_as_the_checkpoint_keeps_them() -> None:
+    model = with_uneven_norms()
+    blocks = quantized(model, storage="bfloat16")
+    behind = replace_linears(stored(model, "bfloat16"), [linear for block in blocks[:2] for linear in block.linears])
+    assert_output_error(behind, "model.layers.2.self_attn.q_proj", blocks)
+
+
+def test_the_first_site_is_calibrated_behind_the_embedding_as_the_checkpoint_keeps_it() -> None:
+    model = tiny_model()
+    blocks = quantized(model, storage="bfloat16")
+    assert_output_error(stored(model, "bfloat16"), "model.layers.0.self_attn.q_proj", blocks)
 
 
 def assert_output_error(model: PreTrainedModel, full: str, blocks: list[QuantizedBlock]) -> None:
     """Check a linear's reported error against the outputs of `model`, whose weight is not quantised there."""
-    weight, x = model.get_submodule(full).weight.double(), inputs_of(model, full)
+    weight, x = model.get_submodule(full).weight.detach().double(), inputs_of(model, full)
     linear = by_name(blocks)[full]
     scale, zero = (each.double().repeat_interleave(16, dim=1) for each in (linear.scale, linear.zero))
     rounded = (linear.codes - zero) * scale

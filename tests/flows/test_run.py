@@ -205,6 +205,16 @@ def test_mixed_lengths_and_perplexity_texts_go_through_the_chain(
     assert summary["evaluation"][1]["original"]["all"]["divergence"] == 0
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_16_bit_model_goes_through_the_chain(write_recipe: WriteRecipe, store: ArtifactStore, dtype: str) -> None:
+    from flows.summary import summarize
+
+    path = write_recipe(model={"dtype": dtype})
+    chain, _ = run_here(path, store)
+    scores = summarize(load_recipe(path), chain, store)["evaluation"][0]["run"]["all"]
+    assert 0 < scores["divergence"] < 1
+
+
 @pytest.mark.parametrize("bits", [3, 8])
 def test_more_bits_diverge_less(write_recipe: WriteRecipe, store: ArtifactStore, bits: int) -> None:
     from flows.summary import summarize
