@@ -27,9 +27,9 @@ def write_array(path: Path, values: npt.NDArray[np.generic]) -> None:
     ValueError
         For another number of dimensions, another float type, or NaN.
     """
-    if values.ndim != 2 or values.dtype in (np.float16, np.float64):
-        raise ValueError(f"an array is stored as a float32 or integer matrix, not {values.dtype} {values.shape}")
     is_float = values.dtype == np.float32
+    if values.ndim != 2 or not (is_float or values.dtype.kind in "iu"):
+        raise ValueError(f"an array is stored as a float32 or integer matrix, not {values.dtype} {values.shape}")
     if is_float and np.isnan(values).any():
         raise ValueError("NaN marks what is missing and cannot be stored")
     rows, columns = values.shape
@@ -43,6 +43,7 @@ def write_array(path: Path, values: npt.NDArray[np.generic]) -> None:
         shards=shard,
         fill_value=float("nan") if is_float else 0,
         compressors=None,
+        config={"write_empty_chunks": True},
     )
     array[:] = values
 
@@ -53,9 +54,11 @@ def read_array(path: Path, columns: Sequence[int] | npt.NDArray[np.intp] | None 
     Raises
     ------
     StorageError
-        When a chunk is missing: it reads as NaN, which is never stored.
+        When the shard is missing, or a chunk of it: floats then read as NaN, which is never stored.
     """
     array = zarr.open_array(store=str(path), mode="r")
+    if array.size and not (path / "c" / "0" / "0").is_file():
+        raise StorageError(f"Array {path} lacks a chunk; `covercal cache verify` names the damaged file.")
     if columns is None:
         values = np.asarray(array[:])
     else:

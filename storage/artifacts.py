@@ -1,12 +1,14 @@
 """The artifact store: look up, build once, commit, verify."""
 
+import errno
 import json
 import platform
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -21,6 +23,9 @@ from storage.local import build_lock, fsync_path, fsync_tree, make_writable_fold
 
 MANIFEST = "MANIFEST.json"
 LIBRARIES = ("numpy", "torch", "transformers", "tokenizers", "zarr", "duckdb", "pyarrow", "compressed-tensors")
+MANIFEST_FAULTS = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+BuildFolder = Callable[[Path], Mapping[str, Any] | None]
 _KEY = re.compile(r"[0-9a-f]{64}")
 _STAGE = re.compile(r"[a-z][a-z_]*")
 
@@ -182,15 +187,15 @@ class ArtifactStore:
         folder = self.folder(stage, key)
         try:
             text = (folder / MANIFEST).read_bytes()
-        except FileNotFoundError:
-            if folder.exists():
+        except (FileNotFoundError, NotADirectoryError):
+            if folder.is_dir():
                 return Lookup(None, f"file {MANIFEST} is missing", damaged=True)
             return Lookup(None, "not in the store")
         except OSError as cause:
             raise StorageError(f"Cannot read {folder / MANIFEST}: {cause.strerror or cause}.") from cause
         try:
             manifest = _parse_manifest(text)
-        except (ValueError, TypeError, KeyError) as cause:
+        except MANIFEST_FAULTS as cause:
             return Lookup(None, f"file {MANIFEST} is not readable ({cause})", damaged=True)
         if (manifest.stage, manifest.key) != (stage, key):
             return Lookup(None, f"file {MANIFEST} belongs to {manifest.ref.short}", damaged=True)
@@ -204,7 +209,7 @@ class ArtifactStore:
             request.version, dict(request.material), [(m.version, m.material, m.created) for m in others]
         )
 
-    def build_once(self, request: Request, build: Callable[[Path], Mapping[str, Any] | None]) -> Outcome:
+    def build_once(self, request: Request, build: BuildFolder) -> Outcome:
         """Return the artifact of `request`, building it when it is not there; one build at a time per key.
 
         Parameters
@@ -235,35 +240,57 @@ class ArtifactStore:
             manifest = self._build(request, build)
         return _outcome(manifest, Decision.REBUILT if found.damaged else Decision.BUILT, reason, started)
 
-    def _build(self, request: Request, build: Callable[[Path], Mapping[str, Any] | None]) -> Manifest:
+    def _build(self, request: Request, build: BuildFolder) -> Manifest:
         staged = self.root / "staging" / f"{request.key[:16]}-{uuid.uuid4().hex}"
         started = time.perf_counter()
         try:
-            staged.mkdir(parents=True)
-            info = dict(build(staged) or {})
-            files = _describe(staged)
-            manifest = Manifest(
-                stage=request.stage,
-                version=request.version,
-                key=request.key,
-                digest=content_digest({name: each["sha256"] for name, each in files.items()}),
-                material=dict(request.material),
-                inputs=[asdict(each) for each in request.inputs],
-                files=files,
-                info=info,
-                libraries=library_versions(),
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                seconds=round(time.perf_counter() - started, 3),
-            )
-            fsync_tree(staged)
-            write_durably(staged / MANIFEST, json.dumps(asdict(manifest), indent=1, sort_keys=True).encode())
-            fsync_path(staged)
-            move_into_place(staged, self.folder(request.stage, request.key), self.root / "staging")
-        except OSError as cause:
-            raise _storage_fault(cause, request, self.root) from cause
+            with self._named_fault(request):
+                staged.mkdir(parents=True)
+            with self._named_fault(request, DISK_FAULTS):  # any other OSError is the build's own
+                info = dict(build(staged) or {})
+            if (staged / MANIFEST).exists():
+                raise ValueError(f"a build must not write {MANIFEST}; the store does")
+            with self._named_fault(request):
+                return self._commit(staged, request, info, started)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+
+    def _commit(self, staged: Path, request: Request, info: dict[str, Any], started: float) -> Manifest:
+        """Write the manifest, flush everything and rename the folder into place."""
+        files = _describe(staged)
+        manifest = Manifest(
+            stage=request.stage,
+            version=request.version,
+            key=request.key,
+            digest=content_digest({name: each["sha256"] for name, each in files.items()}),
+            material=dict(request.material),
+            inputs=[asdict(each) for each in request.inputs],
+            files=files,
+            info=info,
+            libraries=library_versions(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        fsync_tree(staged)
+        write_durably(staged / MANIFEST, json.dumps(asdict(manifest), indent=1, sort_keys=True).encode())
+        fsync_path(staged)
+        move_into_place(staged, self.folder(request.stage, request.key), self.root / "staging")
         return manifest
+
+    @contextmanager
+    def _named_fault(self, request: Request, errors: Container[int | None] | None = None) -> Iterator[None]:
+        """Turn an OSError (one of `errors`, or any) into a `StorageError` that names the cause and the free space."""
+        try:
+            yield
+        except OSError as cause:
+            if errors is not None and cause.errno not in errors:
+                raise
+            free = shutil.disk_usage(self.root).free if self.root.exists() else 0
+            raise StorageError(
+                f"Cannot write artifact {request.stage}/{request.key[:12]} under {self.root}: "
+                f"{cause.strerror or cause} ({free / 1e6:,.0f} MB free). "
+                "Nothing was committed; run again when there is room."
+            ) from cause
 
     def manifests(self, stage: str | None = None) -> Iterator[Manifest]:
         """Yield the manifests of all readable artifacts (of one stage), in the order of their keys."""
@@ -273,7 +300,7 @@ class ArtifactStore:
             for path in sorted((objects / name).glob(f"*/*/{MANIFEST}")):
                 try:
                     yield _parse_manifest(path.read_bytes())
-                except (ValueError, TypeError, KeyError, FileNotFoundError):
+                except (*MANIFEST_FAULTS, FileNotFoundError):
                     continue  # `verify` and look-ups name damaged manifests; a listing shows what can be read
 
     def folders(self) -> Iterator[tuple[str, str]]:
@@ -345,7 +372,8 @@ def _parse_manifest(text: bytes) -> Manifest:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or "\\" in name:
             raise ValueError(f"file name {name!r} leaves the artifact's folder")
-        int(each["size"])
+        if "\0" in name or not _KEY.fullmatch(each["sha256"]) or int(each["size"]) < 0:
+            raise ValueError(f"file {name!r} has no proper size and sha256")
     return manifest
 
 
@@ -353,7 +381,7 @@ def _first_size_fault(folder: Path, manifest: Manifest) -> str:
     for name, each in manifest.files.items():
         try:
             size = (folder / name).stat().st_size
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return f"file {name} is missing"
         if size != each["size"]:
             return f"file {name} has {size} bytes, not {each['size']}"
@@ -367,11 +395,3 @@ def _file_names(folder: Path) -> list[str]:
 def _describe(folder: Path) -> dict[str, dict[str, Any]]:
     names = _file_names(folder)
     return {n: {"size": (folder / n).stat().st_size, "sha256": file_sha256(folder / n)} for n in names}
-
-
-def _storage_fault(cause: OSError, request: Request, root: Path) -> StorageError:
-    free = shutil.disk_usage(root).free if root.exists() else 0
-    return StorageError(
-        f"Cannot write artifact {request.stage}/{request.key[:12]} under {root}: {cause.strerror or cause} "
-        f"({free / 1e6:,.0f} MB free). Nothing was committed; run again when there is room."
-    )

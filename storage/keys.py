@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import os
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,16 +83,16 @@ def _stamp(path: Path) -> list[int]:
 def _read_note(note: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(note.read_bytes())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None  # a torn note is only a hash to compute again
-    return value if isinstance(value, dict) else None
+    except (OSError, ValueError):
+        return None  # no note, or a torn one, is only a hash to compute again
+    return value if isinstance(value, dict) and isinstance(value.get("sha256"), str) else None
 
 
 def _write_note(note: Path, value: dict[str, Any]) -> None:
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        partial = note.with_suffix(f".{os.getpid()}.partial")
+        partial = note.with_suffix(f".{uuid.uuid4().hex}.partial")
         partial.write_bytes(canonical_json(value))
         partial.replace(note)
-    except PermissionError:
-        return  # a read-only store still hits; the hash is computed again next time
+    except OSError:
+        return  # a store that cannot be written still hits; the hash is computed again next time

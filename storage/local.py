@@ -84,7 +84,7 @@ def build_lock(path: Path) -> Iterator[bool]:
 
     The operating system frees the lock when its holder dies, so a killed build blocks nobody.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_writable_folder(path.parent, "The folder of locks")
     lock = FileLock(path, thread_local=False)
     waited = False
     try:

@@ -39,5 +39,10 @@ def query(sql: str, tables: Mapping[str, Sequence[Path]], parameters: Sequence[A
     """
     with duckdb.connect(":memory:", config={"threads": 1}) as connection:
         for name, files in tables.items():
-            connection.read_parquet([str(f) for f in files]).create_view(name)
+            connection.read_parquet([_literal(f) for f in files]).create_view(name)
         return connection.sql(sql, params=list(parameters)).to_arrow_table()
+
+
+def _literal(path: Path) -> str:
+    """Return a path with the characters quoted that DuckDB reads as a pattern."""
+    return "".join(f"[{c}]" if c in "*?[{" else c for c in str(path))
