@@ -11,6 +11,7 @@ Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 FIXED_POINT_BITS = 62  # the whole weight fills 62 bits of an int64: nine bits finer than a float64 sum
+RESOLUTION_BITS = 54  # when what is uncovered falls below this, the grid is made finer
 TRANSPOSE_ROWS = 1024
 SPARSE_SHARE = 0.12  # below this share of ones an index list is faster than a masked pass
 
@@ -61,39 +62,42 @@ def greedy_cover(coverage: BoolMatrix, weights: Floats, budget: int) -> Cover:
 
     Notes
     -----
-    Gains are kept as integers: a weight is rounded once to a grid 2**-62 of the total, finer than what a float64
-    sum of them resolves, and integer sums do not depend on their order. So gains can be *updated* (each channel
-    is subtracted once when it becomes covered) instead of recomputed, and still compare exactly; ties are true
-    ties. The cost of a round is one pass over the matrix, whatever the budget. It does what lazy greedy is for,
-    without its worst case.
+    Gains are kept as integers: a weight is rounded to a grid of 2**-62 of the total (at most 2**-54 of what is still
+    uncovered), finer than what a float64 sum resolves, and integer sums do not depend on their order. So gains can be
+    *updated* (each channel is subtracted once when it becomes covered) instead of recomputed, and still compare
+    exactly; ties are true ties. The cost of a round is one pass over the matrix, whatever the budget. It does what
+    lazy greedy is for, without its worst case.
     """
     coverage, weights = _checked(coverage, weights, budget)
     channels = _Channels(coverage)
     left = np.ones(coverage.shape[0], dtype=bool)
     uncovered = np.ones(coverage.shape[1], dtype=bool)
-    first_fixed, first_gain = channels.gains(weights, uncovered, left)
-    fixed, gain = first_fixed, first_gain.copy()
+    firing = coverage.sum(axis=0)  # samples left that fire each channel
+    fixed, gain = channels.gains(weights, firing > 0, left)
+    uncovered_total = int(fixed.sum())
     order: list[int] = []
     gains: list[float] = []
     rounds: list[int] = []
     current = 0
     while len(order) < budget:
+        if uncovered_total < 2**RESOLUTION_BITS:  # little is left: weigh it on a finer grid
+            fixed, gain = channels.gains(weights, uncovered & (firing > 0), left)
+            uncovered_total = int(fixed.sum())
         best = int(np.argmax(gain))
-        if gain[best] <= 0:  # what is uncovered still may lie below the resolution of the total
-            fixed, gain = channels.gains(weights, uncovered, left)
-            best = int(np.argmax(gain))
         if gain[best] <= 0:
             if uncovered.all():
                 break  # no sample left fires anything that weighs
             uncovered[:] = True
             current += 1
-            fixed, gain = first_fixed, np.where(left, first_gain, -1)
+            uncovered_total = 0
             continue
         new = np.flatnonzero(coverage[best] & uncovered)
         order.append(best)
         gains.append(math.fsum(weights[new]))
         rounds.append(current)
         uncovered[new] = left[best] = False
+        uncovered_total -= int(fixed[new].sum())
+        firing -= coverage[best]
         channels.subtract(gain, fixed, new)
         gain[best] = -1
     idle = np.flatnonzero(left)[: budget - len(order)]
@@ -138,6 +142,10 @@ def _checked(coverage: BoolMatrix, weights: Floats, budget: int) -> tuple[BoolMa
         )
     if not np.isfinite(weights).all() or (weights < 0).any():
         raise ValueError("weights must be finite and not negative")
+    with np.errstate(over="ignore"):
+        total = weights.sum()
+    if not np.isfinite(total):
+        raise ValueError("the sum of the weights must be finite")
     if not 0 <= budget <= coverage.shape[0]:
         raise ValueError(f"budget {budget} must lie between 0 and the number of samples, {coverage.shape[0]}")
     return coverage, weights

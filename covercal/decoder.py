@@ -140,8 +140,9 @@ def make_decoder(model: PreTrainedModel) -> Decoder:
     model.eval().requires_grad_(False)
     path, blocks = find_blocks(model)
     check_blocks(model, blocks)
-    decoder = Decoder(model, path, blocks, ())
-    return Decoder(model, path, blocks, tuple(_trace_sites(decoder)))
+    sites = tuple(_trace_sites(Decoder(model, path, blocks, ())))
+    check_sites(model, blocks, sites)
+    return Decoder(model, path, blocks, sites)
 
 
 def describe_linears(folder: Path, *, trust_remote_code: bool = False) -> dict[str, tuple[int, int]]:
@@ -213,6 +214,24 @@ def check_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
                         f"({type(module).__name__}, shape {tuple(parameter.shape)}); "
                         "covercal quantises nn.Linear layers only."
                     )
+
+
+def check_sites(model: PreTrainedModel, blocks: Sequence[nn.Module], sites: Sequence[Site]) -> None:
+    """Raise when a linear of a block reads no input or more than one, and so has no Gram matrix of its own.
+
+    Raises
+    ------
+    InputError
+        Naming the block and the linear.
+    """
+    for index, block in enumerate(blocks):
+        read = [name for site in sites if site.block == index for name in site.linears]
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear) and read.count(name) != 1:
+                raise InputError(
+                    f"Block {index} of {type(model).__name__} reads {read.count(name)} inputs with `{name}` in a text "
+                    f"of {PROBE_TOKENS} tokens; covercal quantises linears that read exactly one."
+                )
 
 
 def batches(sequences: Sequence[npt.NDArray[np.int32]], tokens: int) -> Iterator[list[int]]:

@@ -49,11 +49,14 @@ class ModelFiles:
     tokenizer: tuple[Path, ...]
 
     def config(self) -> dict[str, Any]:
-        """Return `config.json` (empty for GGUF)."""
-        if self.gguf:
-            return {}
-        value: dict[str, Any] = json.loads((self.folder / "config.json").read_bytes())
-        return value
+        """Return `config.json` (empty for GGUF).
+
+        Raises
+        ------
+        InputError
+            When it is no JSON object.
+        """
+        return {} if self.gguf else _json_object(self.folder / "config.json")
 
 
 def locate_model(model: Model) -> ModelFiles:
@@ -109,10 +112,7 @@ def _folder(folder: Path, name: str) -> ModelFiles:
 
 
 def _check_decoder(files: ModelFiles) -> None:
-    try:
-        config = files.config()
-    except json.JSONDecodeError as cause:
-        raise InputError(f"{files.folder / 'config.json'} is not valid JSON: {cause}.") from cause
+    config = files.config()
     names = config.get("architectures") or []
     is_decoder = any("CausalLM" in name or "LMHead" in name for name in names)
     if config.get("is_encoder_decoder") or not is_decoder:
@@ -125,11 +125,21 @@ def _check_decoder(files: ModelFiles) -> None:
         raise InputError(f"model.source {files.folder} is quantised already ({method}); give the original model.")
 
 
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as cause:
+        raise InputError(f"{path} is not valid JSON: {cause}.") from cause
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must be a JSON object.")
+    return value
+
+
 def _check_shards(folder: Path) -> None:
     """Raise when the index of a sharded model names a file that is not there."""
     index = folder / INDEX
     if index.is_file():
-        for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values())):
+        for name in sorted(set(_json_object(index).get("weight_map", {}).values())):
             if not (folder / name).is_file():
                 raise InputError(f"{folder} lacks {name}, which {INDEX} names; fetch the file.")
 
@@ -141,8 +151,12 @@ def _check_safetensors(path: Path) -> None:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise InputError(f"{path} is cut short: its header does not fit in {size} bytes; fetch the file again.")
-        header = json.loads(stream.read(length))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        text = stream.read(length)
+    try:
+        header: dict[str, Any] = json.loads(text)
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as cause:
+        raise InputError(f"{path} has a damaged header ({cause}); fetch the file again.") from cause
     wanted = 8 + length + max(ends, default=0)
     if size != wanted:
         raise InputError(f"{path} is cut short: {size} bytes instead of {wanted}; fetch the file again.")

@@ -114,8 +114,8 @@ def read_documents(source: TextSource) -> Iterator[Document]:
         When a file cannot be read, a row is no JSON, or a field is missing; names file, row and field.
     """
     if source.hub is not None:
-        rows = _hub_rows(source)
-        yield from _from_rows(rows, source, source.hub, default_domain=source.hub.rsplit("/", 1)[-1])
+        name = Path(source.hub).name if Path(source.hub).is_dir() else source.hub
+        yield from _from_rows(_hub_rows(source), source, name, default_domain=name.rsplit("/", 1)[-1])
         return
     path = Path(str(source.path))
     if path.is_dir():
@@ -145,7 +145,19 @@ def _from_rows(
         domain = str(_field(row, source.domain, name, index)) if source.domain else default_domain
         if not isinstance(text, str):
             raise InputError(f"{name}, row {index}: field `{source.text}` holds {type(text).__name__}, not text.")
+        if not _is_unicode(text):
+            raise InputError(
+                f"{name}, row {index}: the text holds half a character (a lone surrogate), which is no text."
+            )
         yield Document(text, domain, f"{name}:{index}")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _field(row: Mapping[str, Any], wanted: str, name: str, index: int) -> Any:
@@ -179,27 +191,29 @@ def _parquet_rows(path: Path, source: TextSource) -> Iterator[Mapping[str, Any]]
 
     try:
         file = pq.ParquetFile(path)
-        wanted = [c for c in (source.text, source.domain) if c in file.schema_arrow.names]
-        for batch in file.iter_batches(columns=wanted):
+        present = dict.fromkeys(file.schema_arrow.names)
+        for field in filter(None, (source.text, source.domain)):
+            _field(present, field, path.name, 0)
+        for batch in file.iter_batches(columns=[f for f in (source.text, source.domain) if f]):
             yield from batch.to_pylist()
     except (pa.ArrowInvalid, OSError) as cause:
         raise InputError(f"{path} cannot be read as Parquet ({cause}); is it cut short?") from cause
 
 
-def _hub_rows(source: TextSource) -> Iterable[Mapping[str, Any]]:
+def _hub_rows(source: TextSource) -> Iterator[Mapping[str, Any]]:
     import datasets
 
     try:
-        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
+        yield from datasets.load_dataset(
             str(source.hub),
             source.config,
             split=source.split,
             revision=source.revision,
             streaming=source.rows is not None,
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as cause:
-        raise InputError(f"Data set {source.hub!r} cannot be loaded: {str(cause).splitlines()[0]}") from cause
-    return rows
+    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as cause:
+        line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        raise InputError(f"Data set {source.hub!r} cannot be loaded: {line}") from cause
 
 
 def _read_text(path: Path) -> str:
@@ -220,7 +234,7 @@ def unique_documents(sources: Sequence[TextSource], counts: Counts) -> list[Docu
         for document in read_documents(source):
             counts.documents += 1
             stripped = document.text.strip()
-            mark = hashlib.sha256(stripped.encode("utf-8", "surrogatepass")).digest()
+            mark = hashlib.sha256(stripped.encode()).digest()
             if not stripped:
                 counts.empty += 1
             elif mark in seen:

@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -146,7 +147,8 @@ def quantize_blocks(
         Naming the linear that cannot be quantised.
     """
     calibrated = METHODS[settings.method].calibrated
-    running = _entering_batches(decoder, sequences) if calibrated else []
+    with _rounded_outside_blocks(decoder, storage_dtype):
+        running = _entering_batches(decoder, sequences) if calibrated else []
     for index, block in enumerate(decoder.blocks):
         working = copy.deepcopy(block)
         round_parameters(working, storage_dtype)
@@ -183,6 +185,20 @@ def _entering_batches(decoder: Decoder, sequences: Sequence[npt.NDArray[np.int32
         tokens = token_tensor([sequences[m] for m in members], decoder.device)
         entering.append(_Batch(*block_inputs(decoder, tokens)))
     return entering
+
+
+@contextmanager
+def _rounded_outside_blocks(decoder: Decoder, storage_dtype: Dtype) -> Iterator[None]:
+    """Round embeddings and all else before the first block to the checkpoint's dtype for a while."""
+    inside = {id(parameter) for block in decoder.blocks for parameter in block.parameters()}
+    outside = [(p, p.data) for p in decoder.model.parameters() if id(p) not in inside]
+    try:
+        for parameter, _ in outside:
+            parameter.data = parameter.data.to(DTYPES[storage_dtype]).to(parameter.dtype)
+        yield
+    finally:
+        for parameter, original in outside:
+            parameter.data = original
 
 
 class _InputSeenError(Exception):

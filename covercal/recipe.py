@@ -21,7 +21,7 @@ def one_of(known: Mapping[str, Any], kind: str) -> BeforeValidator:
     """Return a validator that accepts a registered name and names the nearest one otherwise."""
 
     def check(value: Any) -> Any:
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             near = difflib.get_close_matches(str(value), list(known), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}."
             raise ValueError(f"there is no {kind} {value!r}; {hint}")
@@ -221,7 +221,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, name: str = "recipe") -
     try:
         recipe = Recipe.model_validate(value)
     except ValidationError as error:
-        lines = [_sentence(dict(each)) for each in error.errors()]
+        lines = [_sentence(dict(each)) for each in _first_hand(error.errors())]
         raise InputError(f"Recipe {name}: " + "; ".join(lines)) from None
     return _absolute(recipe, folder)
 
@@ -254,7 +254,7 @@ def _list_entry(here: Any, name: str, assignment: str) -> Any:
 
 
 def _sentence(error: dict[str, Any]) -> str:
-    location = [part for part in error["loc"] if not _is_union_tag(part)]
+    location = _fields_of(error["loc"])
     field = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
         names = _valid_names(location[:-1])
@@ -269,8 +269,30 @@ def _sentence(error: dict[str, Any]) -> str:
     return f"`{field}`: {message}{given}" if field else message
 
 
-def _is_union_tag(part: str | int) -> bool:
-    return isinstance(part, str) and (part in ("int", "auto") or part.startswith(("tuple[", "literal[")))
+def _first_hand(errors: Sequence[Any]) -> list[Any]:
+    """Return the errors without those that say a list is too short only because an entry of it is wrong."""
+    inner = [each["loc"] for each in errors]
+    return [
+        each
+        for each in errors
+        if each["type"] != "too_short"
+        or not any(len(loc) > len(each["loc"]) and loc[: len(each["loc"])] == each["loc"] for loc in inner)
+    ]
+
+
+def _fields_of(location: Sequence[str | int]) -> list[str | int]:
+    """Return a location without the names that pydantic adds for the branches of a union below a plain field."""
+    model: Any = Recipe
+    fields: list[str | int] = []
+    for part in location:
+        is_section = isinstance(model, type) and issubclass(model, BaseModel)
+        if isinstance(part, int):
+            fields.append(part)
+        elif is_section:
+            fields.append(part)
+            field = model.model_fields.get(part)
+            model = _section_type(field.annotation) if field is not None else None
+    return fields
 
 
 def _valid_names(location: Sequence[str | int]) -> list[str]:
@@ -295,7 +317,9 @@ def _absolute(recipe: Recipe, folder: Path) -> Recipe:
         return None if path is None else str((folder / Path(path).expanduser()).absolute())
 
     def moved(source: Any) -> Any:
-        return source.model_copy(update={"path": place(source.path)})
+        hub = getattr(source, "hub", None)
+        is_folder = hub is not None and (folder / hub).is_dir()
+        return source.model_copy(update={"path": place(source.path)} | ({"hub": place(hub)} if is_folder else {}))
 
     model_path = folder / Path(recipe.model.source).expanduser()
     is_local = model_path.exists() or recipe.model.source.endswith(".gguf")

@@ -143,7 +143,7 @@ def key_material(value: Any) -> Any:
     if hasattr(value, "key_material"):
         return key_material(value.key_material())
     if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
+        return key_material(value.model_dump())
     if is_dataclass(value) and not isinstance(value, type):
         return {each.name: key_material(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, Mapping):

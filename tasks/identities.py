@@ -63,11 +63,13 @@ class TextIdentity:
     content: str
 
     def key_material(self) -> dict[str, Any]:
-        """Return the content's fingerprint and how rows are read; of the path only the name, which names domains."""
+        """Return the content's fingerprint and how rows are read; of a path only the name, which names domains."""
         fields = self.source.model_dump(include={"hub", "config", "split", "text", "domain", "rows"}, exclude_none=True)
         if self.source.path is not None:
             fields = {**fields, "name": Path(self.source.path).name}
             fields.pop("split", None)
+        elif Path(str(self.source.hub)).is_dir():
+            fields["hub"] = Path(str(self.source.hub)).name
         return {"content": self.content, **fields}
 
 

@@ -27,6 +27,7 @@ class DivergenceSettings:
 
     window: int
     limit: int
+    order: str = "spread over domains"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class PerplexitySettings:
 
     window: int
     limit: int | None
+    order: str = "as written"
 
 
 @cached("pool", version=1, ignored=("imported",))

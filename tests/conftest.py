@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors a second thread only spins
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["COVERCAL_CACHE"] = tempfile.mkdtemp(prefix="covercal-tests-")  # no test touches the user's cache
 os.environ.pop("PREFECT_API_URL", None)

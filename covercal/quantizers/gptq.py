@@ -9,7 +9,7 @@ from covercal.quantizers.rounding import Rounded, RoundingSettings
 
 BLOCK_COLUMNS = 64
 DAMPING_GROWTH = 10.0
-DAMPING_LIMIT = 10.0
+DAMPING_LIMIT = 10.0  # growth ends with the first attempt at or above it
 DAMPING_START = 1e-4  # where growth starts when the recipe asks for no damping
 
 
@@ -49,7 +49,7 @@ def gptq(weight: Tensor, gram: Tensor | None, grid: Grid, settings: RoundingSett
     order = torch.argsort(diagonal, descending=True, stable=True) if settings.activation_order else None
     scale, zero = grid.columns(columns)
     gram = gram.clone()
-    gram.diagonal()[dead] = 1.0
+    gram.diagonal()[dead] = diagonal[~dead].mean() if not dead.all() else 1.0
     if order is not None:
         weight, scale, zero, gram = weight[:, order], scale[:, order], zero[:, order], gram[order][:, order]
     factor, damping, attempts = inverse_factor(gram, settings.damping)

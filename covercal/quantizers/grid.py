@@ -67,12 +67,14 @@ def min_max_grid(weight: Tensor, settings: GridSettings) -> Grid:
     Raises
     ------
     QuantizationError
-        When the group size does not divide the columns.
+        When the group size does not divide the columns, a weight is not finite, or a scale overflows its dtype.
     """
     rows, columns = weight.shape
     size = settings.group_size or columns
     if columns % size:
         raise QuantizationError(f"a group size of {size} does not divide {columns} input channels")
+    if not torch.isfinite(weight).all():
+        raise QuantizationError("its weight holds NaN or infinity")
     groups = weight.reshape(rows, columns // size, size)
     low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
     levels = 2**settings.bits - 1
@@ -97,4 +99,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 def _representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return scales rounded to `dtype`; an all-zero group gets 1, and none rounds down to zero."""
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return scale.to(dtype).double().clamp(min=torch.finfo(dtype).tiny)
+    rounded = scale.to(dtype).double().clamp(min=torch.finfo(dtype).tiny)
+    if torch.isinf(rounded).any():
+        raise QuantizationError(f"a scale overflows {dtype}; use quantization.storage_dtype: bfloat16")
+    return rounded

@@ -164,7 +164,9 @@ def test_a_heavy_channel_that_no_sample_left_fires_does_not_hide_light_ones() ->
 
 
 near_powers_of_two = st.builds(
-    lambda step, exponent: math.ldexp(1 + step * 2**-30, exponent), st.integers(0, 9), st.sampled_from(range(0, -99, -9))
+    lambda step, exponent: math.ldexp(1 + step * 2**-30, exponent),
+    st.integers(0, 9),
+    st.sampled_from(range(0, -99, -9)),
 )
 
 

@@ -33,7 +33,7 @@ GATED = (
     (("mlp.gate_proj", "mlp.up_proj"), WIDTH),
     (("mlp.down_proj",), INNER),
 )
-SITES = {name: GATED for name in ARCHITECTURES} | {
+SITES = dict.fromkeys(ARCHITECTURES, GATED) | {
     "opt": (
         (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), WIDTH),
         (("self_attn.out_proj",), WIDTH),
@@ -207,7 +207,7 @@ def test_a_block_with_weights_outside_linears_is_refused_by_name_and_class() -> 
 def test_a_model_whose_blocks_cannot_be_found_is_refused() -> None:
     model = tiny_model()
     model.model.layers = model.model.layers[:2]
-    with pytest.raises(InputError, match="blocks of LlamaForCausalLM cannot be found.*num_hidden_layers = 3"):
+    with pytest.raises(InputError, match=r"blocks of LlamaForCausalLM cannot be found.*num_hidden_layers = 3"):
         make_decoder(model)
 
 
@@ -237,8 +237,16 @@ def test_linears_described_without_weights_are_those_of_the_loaded_model(archite
 
 
 def test_describing_a_model_with_other_weights_than_linears_is_refused(tmp_path: Path) -> None:
-    GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50, architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
+    GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50, architectures=["GPT2LMHeadModel"]).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(InputError, match="Conv1D"):
+        describe_linears(tmp_path)
+
+
+def test_a_configuration_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(InputError, match=r"transformers cannot make a model of .*config\.json"):
         describe_linears(tmp_path)
 
 

@@ -34,7 +34,12 @@ def layer(seed: int, rows: int, columns: int, tokens: int = 300) -> tuple[Tensor
 
 
 def grid_of(
-    weight: Tensor, bits: int, group_size: int | None = None, *, symmetric: bool = False, dtype: torch.dtype = torch.float32
+    weight: Tensor,
+    bits: int,
+    group_size: int | None = None,
+    *,
+    symmetric: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Grid:
     return min_max_grid(weight, GridSettings(bits, group_size, symmetric, dtype))
 

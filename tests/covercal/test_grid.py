@@ -238,3 +238,9 @@ def test_a_known_row_gets_known_codes() -> None:
     grid = min_max_grid(weight, asymmetric(2))
     assert (grid.scale.item(), grid.zero.item()) == (1.0, 1.0)
     assert quantize(weight, *grid.columns(4), 2).tolist() == [[0, 1, 2, 3]]
+
+
+def test_a_scale_that_overflows_float16_is_refused_with_the_dtype_that_would_do() -> None:
+    weight = torch.full((1, 4), 1e6, dtype=torch.float64)
+    with pytest.raises(QuantizationError, match="storage_dtype: bfloat16"):
+        min_max_grid(weight, GridSettings(2, None, False, torch.float16))

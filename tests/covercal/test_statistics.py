@@ -139,7 +139,9 @@ def test_the_size_of_batches_does_not_matter(field: str, limit: int, monkeypatch
 def test_rows_stay_with_their_samples_when_lengths_are_mixed() -> None:
     decoder = make_decoder(tiny_model())
     turned = list(reversed(MIXED))
-    np.testing.assert_allclose(captured(decoder, turned).peak[::-1], captured(decoder, MIXED).peak, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        captured(decoder, turned).peak[::-1], captured(decoder, MIXED).peak, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_sums_over_shards_add_up_to_the_whole() -> None:

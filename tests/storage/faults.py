@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,8 +69,16 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
     }
 
 
-def waits_for_a_lock(thread: threading.Thread) -> bool:
-    """Tell whether `thread` has found a build lock taken."""
+def until_it_waits_for_a_lock(thread: threading.Thread) -> None:
+    """Return as soon as `thread` has found a build lock taken."""
+    end = time.monotonic() + PATIENCE
+    while not _found_a_lock_taken(thread):
+        assert thread.is_alive()
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def _found_a_lock_taken(thread: threading.Thread) -> bool:
     frame = sys._current_frames().get(thread.ident or 0)
     while frame is not None:
         if frame.f_code is build_lock.__wrapped__.__code__ and frame.f_locals.get("waited"):

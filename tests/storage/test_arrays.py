@@ -78,6 +78,12 @@ def test_an_array_is_one_shard_file(tmp_path: Path, columns: int) -> None:
     assert len(shards(tmp_path / "array")) == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_zeros_are_one_shard_file_too(tmp_path: Path, dtype: str) -> None:
+    write_array(tmp_path / "array", np.zeros((3, CHUNK_COLUMNS + 1), dtype))
+    assert len(shards(tmp_path / "array")) == 1
+
+
 def test_the_same_values_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_array(tmp_path / name, numbers(3, WIDE))
@@ -96,10 +102,10 @@ def test_a_column_that_is_not_there_is_an_error(wide: tuple[Path, np.ndarray]) -
         read_array(wide[0], [WIDE])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float64"])
-def test_floats_other_than_float32_are_refused(tmp_path: Path, dtype: str) -> None:
-    with pytest.raises(ValueError, match=dtype):
-        write_array(tmp_path / "array", numbers(2, 2, dtype))
+@pytest.mark.parametrize("dtype", ["float16", "float64", ">f8", ">f2", "complex64", "complex128", "U3", "bool"])
+def test_every_type_but_float32_and_integers_is_refused(tmp_path: Path, dtype: str) -> None:
+    with pytest.raises(ValueError, match="float32 or integer"):
+        write_array(tmp_path / "array", np.zeros((2, 2), dtype))
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 2, 2)])
@@ -129,9 +135,10 @@ def test_an_array_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_array(tmp_path / "array"), values)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "uint8", "int32"])
 @pytest.mark.parametrize("columns", [None, [0, 3]], ids=["whole", "columns"])
-def test_a_deleted_chunk_file_is_an_error_and_not_zeros(tmp_path: Path, columns: list[int] | None) -> None:
-    write_array(tmp_path / "array", numbers(3, 5))
+def test_a_deleted_chunk_file_is_an_error_and_not_zeros(tmp_path: Path, dtype: str, columns: list[int] | None) -> None:
+    write_array(tmp_path / "array", numbers(3, 5, dtype))
     shards(tmp_path / "array")[0].unlink()
     with pytest.raises(StorageError, match=r"array lacks a chunk"):
         read_array(tmp_path / "array", columns)

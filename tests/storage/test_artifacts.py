@@ -24,7 +24,7 @@ from tests.storage.faults import (
     output_of,
     snapshot,
     start_python,
-    waits_for_a_lock,
+    until_it_waits_for_a_lock,
 )
 
 UPSTREAM = Ref("pool", "a" * 64, "b" * 64)
@@ -167,6 +167,11 @@ def test_artifacts_of_other_stages_are_no_reason(store: ArtifactStore, built: Ou
     assert store.build_once(Request("pool", 1, {}), build).reason == "first of its stage"
 
 
+def test_an_artifact_is_never_compared_with_itself(store: ArtifactStore, built: Outcome) -> None:
+    store.build_once(Request(REQUEST.stage, REQUEST.version, {**REQUEST.material, "skip": 0}), build)
+    assert store.explain(REQUEST) == "skip: 0 -> 1"
+
+
 def test_a_reason_can_be_asked_for_without_a_build(store: ArtifactStore, built: Outcome) -> None:
     before = snapshot(store.root)
     assert store.explain(Request(REQUEST.stage, 5, REQUEST.material)) == "stage version 2 -> 5"
@@ -185,15 +190,32 @@ def test_an_error_of_the_builder_passes_through(store: ArtifactStore) -> None:
         store.build_once(REQUEST, fail)
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError], ids=lambda error: error.__name__)
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file", "/models/x"), ConnectionError("hub down")])
+def test_an_oserror_that_is_not_the_stores_passes_through(store: ArtifactStore, error: OSError) -> None:
+    def fail(folder: Path) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        store.build_once(REQUEST, fail)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
 def test_nothing_is_committed_when_the_builder_raises(store: ArtifactStore, error: type[BaseException]) -> None:
     def fail(folder: Path) -> None:
         build(folder)
         raise error
 
-    with pytest.raises((error, StorageError)):
+    with pytest.raises(error):
         store.build_once(REQUEST, fail)
     assert (list(store.folders()), staged(store)) == ([], [])
+
+
+def test_a_builder_that_writes_a_manifest_of_its_own_is_refused(store: ArtifactStore) -> None:
+    def write_manifest(folder: Path) -> None:
+        (folder / MANIFEST).write_text("{}")
+
+    with pytest.raises(ValueError, match=MANIFEST):
+        store.build_once(REQUEST, write_manifest)
 
 
 def test_info_that_is_not_json_commits_nothing(store: ArtifactStore) -> None:
@@ -445,6 +467,24 @@ def test_no_flipped_bit_of_a_manifest_crashes_a_look_up(store: ArtifactStore, bu
             os.pwrite(stream.fileno(), bytes([byte]), place)
 
 
+@pytest.mark.parametrize("files", [[], None, {"values.bin": {"size": float("inf")}}, {"a\0": {"size": 1}}])
+def test_a_manifest_of_the_wrong_shape_is_a_rebuild(store: ArtifactStore, files: object) -> None:
+    store.build_once(REQUEST, build)
+    edit_manifest(store, files=files)
+    again = store.build_once(REQUEST, build)
+    assert again.decision is Decision.REBUILT
+    assert again.reason.startswith("file MANIFEST.json is not readable")
+
+
+def test_a_folder_replaced_by_a_file_is_a_rebuild(store: ArtifactStore) -> None:
+    store.build_once(REQUEST, build)
+    folder = folder_of(store)
+    (folder / "nested" / "table.bin").unlink()
+    (folder / "nested").rmdir()
+    (folder / "nested").touch()
+    assert store.build_once(REQUEST, build).reason == "file nested/table.bin is missing"
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "nested/../../outside", "..", "nested\\..\\outside"])
 def test_a_file_name_that_leaves_the_folder_is_refused(store: ArtifactStore, built: Outcome, name: str) -> None:
     edit_manifest(store, files={name: {"size": 0, "sha256": hashlib.sha256().hexdigest()}})
@@ -502,6 +542,27 @@ def test_verify_notices_a_file_and_its_hash_replaced_together(store: ArtifactSto
     forged = {"size": 10, "sha256": hashlib.sha256(b"forged....").hexdigest()}
     edit_manifest(store, files={**files, "values.bin": forged})
     assert store.verify(REQUEST.stage, REQUEST.key) == ["file MANIFEST.json lists files that do not give its digest"]
+
+
+def test_verify_survives_a_manifest_without_a_sha256(store: ArtifactStore) -> None:
+    store.build_once(REQUEST, build)
+    path = folder_of(store) / MANIFEST
+    path.write_bytes(path.read_bytes().replace(b'"sha256"', b'"sha257"'))
+    (fault,) = store.verify(REQUEST.stage, REQUEST.key)
+    assert fault.startswith("file MANIFEST.json is not readable")
+
+
+def test_no_altered_byte_of_what_an_artifact_is_escapes_verify(store: ArtifactStore, built: Outcome) -> None:
+    path = folder_of(store) / MANIFEST
+    whole = path.read_bytes()
+    fields = ("stage", "version", "key", "digest", "material", "files")  # the others tell how it came to be
+    with path.open("r+b", buffering=0) as stream:
+        for place, byte in enumerate(whole):
+            os.pwrite(stream.fileno(), bytes([byte ^ 1]), place)
+            if store.verify(REQUEST.stage, REQUEST.key) == []:
+                altered = json.loads(path.read_bytes())
+                assert [altered[each] for each in fields] == [json.loads(whole)[each] for each in fields], place
+            os.pwrite(stream.fileno(), bytes([byte]), place)
 
 
 def test_verify_changes_nothing(store: ArtifactStore, built: Outcome) -> None:
@@ -692,9 +753,9 @@ def test_a_store_below_a_file_names_the_setting_to_change(tmp_path: Path) -> Non
         ArtifactStore(tmp_path / "file" / "cache").prepare()
 
 
-def test_a_build_in_a_store_below_a_file_is_a_storage_error(tmp_path: Path) -> None:
+def test_a_build_in_a_store_below_a_file_names_the_setting(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="Not a directory"):
+    with pytest.raises(UnwritableStoreError, match="COVERCAL_CACHE"):
         ArtifactStore(tmp_path / "file" / "cache").build_once(REQUEST, must_not_build)
 
 
@@ -716,6 +777,13 @@ def test_a_manifest_that_may_not_be_read_is_an_error_and_not_a_miss(public_folde
     (folder_of(store) / MANIFEST).chmod(0)
     with as_ordinary_user(), pytest.raises(StorageError, match=r"Cannot read .*MANIFEST.json: Permission denied"):
         store.look_up(REQUEST.stage, REQUEST.key)
+
+
+def test_a_locks_folder_that_cannot_be_made_is_a_storage_error(store: ArtifactStore) -> None:
+    store.root.mkdir()
+    (store.root / "locks").touch()
+    with pytest.raises(StorageError, match="locks"):
+        store.build_once(REQUEST, must_not_build)
 
 
 def test_preparing_a_store_makes_its_folder(tmp_path: Path) -> None:
@@ -945,8 +1013,7 @@ def ask_while_building(store: ArtifactStore, first: Callable[[Path], Any]) -> li
 
     def build_first(folder: Path) -> Any:
         second.start()
-        while not waits_for_a_lock(second):
-            assert second.is_alive()
+        until_it_waits_for_a_lock(second)
         return first(folder)
 
     try:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,6 +60,16 @@ def test_a_reference_by_digest_is_one_leaf_too() -> None:
     assert flatten({"tokens": {"stage": "pool", "digest": "c" * 64}}) == {"tokens": "pool cccccccc"}
 
 
+def test_two_long_values_are_told_apart() -> None:
+    (line,) = changed_fields({"m": "HuggingFaceTB/SmolLM2-135M-Instruct"}, {"m": "HuggingFaceTB/SmolLM2-360M-Instruct"})
+    old, new = line.removeprefix("m: ").split(" -> ")
+    assert old != new
+
+
+def test_empty_material_has_no_field() -> None:
+    assert changed_fields({}, {"seed": 0}) == ["seed: none -> 0"]
+
+
 def test_a_long_value_is_cut() -> None:
     (line,) = changed_fields({"name": "x" * 500}, {"name": "short"})
     assert len(line) < 60
@@ -108,6 +119,10 @@ def test_of_two_equally_near_the_newest_is_chosen() -> None:
     assert explain_miss(1, OLD, others) == "quantization.bits: 8 -> 4"
 
 
+def test_the_same_stage_version_is_nearer() -> None:
+    assert explain_miss(2, {"a": 1}, [(2, {"a": 2}, "2025-01-01"), (1, {"a": 3}, "2025-02-02")]) == "a: 2 -> 1"
+
+
 def test_the_order_of_the_others_does_not_matter() -> None:
     others = [(1, other_than(OLD, bits=bits), f"2025-01-0{bits}") for bits in (3, 8, 2)]
     assert explain_miss(1, OLD, others[::-1]) == explain_miss(1, OLD, others)
@@ -130,3 +145,8 @@ def test_three_changes_are_all_named() -> None:
 def test_of_more_than_three_changes_the_rest_is_counted() -> None:
     new, old = (dict.fromkeys("abcde", value) for value in (1, 0))
     assert explain_miss(1, new, [(1, old, "2025-01-01")]) == "a: 0 -> 1, b: 0 -> 1, c: 0 -> 1, and 2 more"
+
+
+@pytest.mark.parametrize(("old", "new"), [({"x": 1}, {"x": 1.0}), ({"x": 1}, {"x": True}), ({}, {"x": None})])
+def test_whatever_changes_a_key_is_named(old: dict, new: dict) -> None:
+    assert explain_miss(1, new, [(1, old, "2025-01-01")]) != ""

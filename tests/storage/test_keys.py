@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,16 @@ def test_a_torn_note_is_only_a_hash_to_compute_again(hashes: FileHashes) -> None
     assert hashes.sha256(old) == expected
 
 
+@pytest.mark.parametrize("torn", [b"\xff\xfe\x80", b'{"stamp": STAMP}'], ids=["binary", "no sha256"])
+def test_a_garbled_note_is_only_a_hash_to_compute_again(tmp_path: Path, torn: bytes) -> None:
+    hashes, old = FileHashes(tmp_path / "notes"), Path(os.__file__)
+    expected = hashes.sha256(old)
+    (note,) = hashes.folder.iterdir()
+    stamp = json.dumps(json.loads(note.read_bytes())["stamp"]).encode()
+    note.write_bytes(torn.replace(b"STAMP", stamp))
+    assert hashes.sha256(old) == expected
+
+
 def test_a_read_only_folder_of_hashes_still_gives_the_hash(public_folder: Path) -> None:
     data, notes = public_folder / "data", public_folder / "notes"
     data.write_bytes(b"one")
@@ -233,6 +244,36 @@ def test_a_folder_of_hashes_that_cannot_be_made_still_gives_the_hash(public_fold
     with as_ordinary_user():
         digest = FileHashes(public_folder / "cache" / "notes").sha256(data)
     assert digest == hashlib.sha256(b"one").hexdigest()
+
+
+def test_a_folder_of_hashes_below_a_file_still_gives_the_hash(tmp_path: Path) -> None:
+    for name in ("data", "file"):
+        (tmp_path / name).write_text("x")
+        os.utime(tmp_path / name, LONG_AGO)
+    assert len(FileHashes(tmp_path / "file" / "notes").sha256(tmp_path / "data")) == 64
+
+
+def test_threads_that_hash_one_file_at_once_all_get_the_hash(tmp_path: Path) -> None:
+    files = [tmp_path / str(index) for index in range(20)]
+    for each in files:
+        each.write_bytes(b"x" * 100)
+        os.utime(each, LONG_AGO)
+    failures: list[BaseException] = []
+
+    def hash_all(round_: int) -> None:
+        try:
+            for each in files:
+                FileHashes(tmp_path / f"notes{round_}").sha256(each)
+        except OSError as error:
+            failures.append(error)
+
+    for round_ in range(20):
+        threads = [threading.Thread(target=hash_all, args=(round_,)) for _ in range(8)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+    assert failures == []
 
 
 def test_a_combined_digest_moves_with_its_folder(hashes: FileHashes, tmp_path: Path) -> None:

@@ -9,7 +9,14 @@ import pytest
 
 from storage.errors import StorageError, UnwritableStoreError
 from storage.local import build_lock, fsync_path, fsync_tree, make_writable_folder, move_into_place, write_durably
-from tests.storage.faults import PATIENCE, as_ordinary_user, forbid_writing, output_of, start_python, waits_for_a_lock
+from tests.storage.faults import (
+    PATIENCE,
+    as_ordinary_user,
+    forbid_writing,
+    output_of,
+    start_python,
+    until_it_waits_for_a_lock,
+)
 
 WRITE_TOO_MUCH = """
 import resource, sys
@@ -196,8 +203,7 @@ def test_who_finds_a_lock_taken_waits_and_knows_it(tmp_path: Path) -> None:
 
     with build_lock(tmp_path / "key.lock"):
         thread = start(second)
-        while not waits_for_a_lock(thread):
-            assert thread.is_alive()
+        until_it_waits_for_a_lock(thread)
         assert found == []
     thread.join(PATIENCE)
     assert found == [True]
@@ -229,8 +235,7 @@ def test_a_killed_process_frees_its_lock(tmp_path: Path) -> None:
             found.append(waited)
 
     thread = start(second)
-    while not waits_for_a_lock(thread):
-        assert thread.is_alive()
+    until_it_waits_for_a_lock(thread)
     process.kill()
     process.communicate()
     thread.join(PATIENCE)

@@ -65,6 +65,15 @@ def test_a_view_is_the_union_of_its_files_in_their_order(shards: tuple[list[Path
     np.testing.assert_array_equal(found["peak"].to_numpy(), columns["peak"])
 
 
+@pytest.mark.parametrize("name", ["[ab]", "x*", "?", "{a,b}"])
+def test_a_path_is_a_name_and_never_a_pattern(tmp_path: Path, name: str) -> None:
+    for each, value in ((name, "mine"), ("a", "other"), ("xy", "other")):
+        (tmp_path / each).mkdir()
+        write_table(tmp_path / each / "t.parquet", {"whose": [value]})
+    found = query("SELECT whose FROM t", {"t": [tmp_path / name / "t.parquet"]})
+    assert found.to_pydict() == {"whose": ["mine"]}
+
+
 def test_files_are_joined_by_the_names_of_their_columns(tmp_path: Path) -> None:
     write_table(tmp_path / "one", {"a": [1], "b": [2]})
     write_table(tmp_path / "two", {"b": [4], "a": [3]})
