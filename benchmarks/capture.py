@@ -1,4 +1,4 @@
-"""Activation capture against the plain forward pass of the same tokens without head, alternating in one process.
+"""Activation capture against the plain forward pass of the same tokens without head, batch by batch in turns.
 
 `python -m benchmarks.capture [--tokens 8192] [--rounds 5] [--output FILE]`
 """
@@ -43,6 +43,20 @@ def seconds(function: object, *arguments: object, **keywords: object) -> float:
     return time.perf_counter() - started
 
 
+def round_of(decoder: Decoder, sequences: list[Tokens], number: int) -> tuple[float, float]:
+    """Return the seconds of both sides over all batches; which goes first changes from batch to batch."""
+    plain = captured = 0.0
+    for place, members in enumerate(batches(sequences, BATCH_TOKENS)):
+        batch = [sequences[m] for m in members]
+        names = [str(m) for m in members]
+        for side in (0, 1) if (place + number) % 2 else (1, 0):
+            if side:
+                captured += seconds(capture, decoder, batch, names)
+            else:
+                plain += seconds(plain_forward, decoder, batch)
+    return plain, captured
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=8192)
@@ -52,14 +66,9 @@ def main() -> None:
     folder = real_model_folder()
     decoder = load_decoder(folder, "float32", torch.device("cpu"))
     sequences = real_sequences(folder, wanted.tokens)
-    names = [str(i) for i in range(len(sequences))]
     plain_forward(decoder, sequences[:4])
-    capture(decoder, sequences[:4], names[:4])
-    pairs = []
-    for _ in range(wanted.rounds):
-        plain = seconds(plain_forward, decoder, sequences)
-        captured = seconds(capture, decoder, sequences, names)
-        pairs.append((plain, captured))
+    capture(decoder, sequences[:4], list("0123"))
+    pairs = [round_of(decoder, sequences, number) for number in range(wanted.rounds)]
     ratios = [captured / plain for plain, captured in pairs]
     value = {
         "tokens": wanted.tokens,

@@ -73,7 +73,9 @@ def greedy_cover(coverage: BoolMatrix, weights: Floats, budget: int) -> Cover:
     left = np.ones(coverage.shape[0], dtype=bool)
     uncovered = np.ones(coverage.shape[1], dtype=bool)
     firing = coverage.sum(axis=0)  # samples left that fire each channel
-    fixed, gain = channels.gains(weights, firing > 0, left)
+    whole = firing > 0
+    fixed, gain = channels.gains(weights, whole, left)
+    whole_fixed, whole_gain = fixed, gain.copy()  # every round begins with these, while each channel has a sample left
     uncovered_total = int(fixed.sum())
     order: list[int] = []
     gains: list[float] = []
@@ -81,7 +83,11 @@ def greedy_cover(coverage: BoolMatrix, weights: Floats, budget: int) -> Cover:
     current = 0
     while len(order) < budget:
         if uncovered_total < 2**RESOLUTION_BITS:  # little is left: weigh it on a finer grid
-            fixed, gain = channels.gains(weights, uncovered & (firing > 0), left)
+            weighed = uncovered & (firing > 0)
+            if np.array_equal(weighed, whole):
+                fixed, gain = whole_fixed, np.where(left, whole_gain, -1)
+            else:
+                fixed, gain = channels.gains(weights, weighed, left)
             uncovered_total = int(fixed.sum())
         best = int(np.argmax(gain))
         if gain[best] <= 0:
