@@ -71,10 +71,10 @@ def locate_model(model: Model) -> ModelFiles:
     if path.suffix == ".gguf":
         return _gguf(path)
     if path.is_dir():
-        return _folder(path, path.name)
+        return _folder(path, path.name, model.trust_remote_code)
     if path.exists():
         raise InputError(f"model.source {path} is a file; give a folder with safetensors, a .gguf file or a hub id.")
-    return _folder(_download(model), model.source)
+    return _folder(_download(model), model.source, model.trust_remote_code)
 
 
 def _gguf(path: Path) -> ModelFiles:
@@ -88,7 +88,7 @@ def _gguf(path: Path) -> ModelFiles:
     return ModelFiles(path.stem, path.parent, path.name, (path,), (path,))
 
 
-def _folder(folder: Path, name: str) -> ModelFiles:
+def _folder(folder: Path, name: str, own_code: bool) -> ModelFiles:
     if not (folder / "config.json").is_file():
         raise InputError(f"model.source {folder} has no config.json; it is not a transformers model folder.")
     weights = tuple(sorted(folder.glob(WEIGHTS)))
@@ -103,7 +103,9 @@ def _folder(folder: Path, name: str) -> ModelFiles:
     tokenizer = tuple(p for name_ in TOKENIZER if (p := folder / name_).is_file())
     if not tokenizer:
         raise InputError(f"model.source {folder} has no tokenizer files (tokenizer.json or tokenizer.model).")
-    files = ModelFiles(name, folder, "", (*(p for c in CONFIGS if (p := folder / c).is_file()), *weights), tokenizer)
+    configs = (p for c in CONFIGS if (p := folder / c).is_file())
+    code = sorted(folder.glob("*.py")) if own_code else []
+    files = ModelFiles(name, folder, "", (*configs, *code, *weights), tokenizer)
     _check_decoder(files)
     for each in weights:
         _check_safetensors(each)
@@ -159,7 +161,8 @@ def _check_safetensors(path: Path) -> None:
         raise InputError(f"{path} has a damaged header ({cause}); fetch the file again.") from cause
     wanted = 8 + length + max(ends, default=0)
     if size != wanted:
-        raise InputError(f"{path} is cut short: {size} bytes instead of {wanted}; fetch the file again.")
+        fault = "is cut short" if size < wanted else "is too long"
+        raise InputError(f"{path} {fault}: {size} bytes instead of {wanted}; fetch the file again.")
 
 
 def _download(model: Model) -> Path:

@@ -142,14 +142,16 @@ def _from_rows(
 ) -> Iterator[Document]:
     for index, row in enumerate(islice(rows, source.rows)):
         text = _field(row, source.text, name, index)
-        domain = str(_field(row, source.domain, name, index)) if source.domain else default_domain
+        domain = _field(row, source.domain, name, index) if source.domain else default_domain
+        if domain is None:
+            raise InputError(f"{name}, row {index}: field `{source.domain}` is empty; every text needs a domain.")
         if not isinstance(text, str):
             raise InputError(f"{name}, row {index}: field `{source.text}` holds {type(text).__name__}, not text.")
         if not _is_unicode(text):
             raise InputError(
                 f"{name}, row {index}: the text holds half a character (a lone surrogate), which is no text."
             )
-        yield Document(text, domain, f"{name}:{index}")
+        yield Document(text, str(domain), f"{name}:{index}")
 
 
 def _is_unicode(text: str) -> bool:
@@ -170,7 +172,7 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
     index = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as stream:
+        with opener(path, "rt", encoding="utf-8-sig") as stream:
             for index, line in enumerate(stream, 1):
                 if line.strip():
                     row = json.loads(line)
@@ -279,9 +281,16 @@ def pack(
         Of the order.
     counts
         `too_short` grows with every text that gave nothing.
+
+    Raises
+    ------
+    InputError
+        When a length leaves no room beside the special first tokens.
     """
     generator = np.random.default_rng(seed)
     prefix = _special_prefix(tokenizer)
+    if min(lengths) <= len(prefix):
+        raise InputError(f"A sample of {min(lengths)} tokens has no room beside {len(prefix)} special first tokens.")
     separator = tokenizer.encode(SEPARATOR, add_special_tokens=False) if packing == "join" else []
     visits = _visits(documents, float(np.mean(lengths)), generator)
     streams: dict[int, Tokens] = {}

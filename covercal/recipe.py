@@ -248,7 +248,7 @@ def _override(value: dict[str, Any], assignment: str) -> None:
 
 
 def _list_entry(here: Any, name: str, assignment: str) -> Any:
-    if isinstance(here, list) and name.isdigit() and int(name) < len(here):
+    if isinstance(here, list) and name.isdecimal() and int(name) < len(here):
         return here[int(name)]
     raise InputError(f"--set {assignment}: there is no `{name}` there; a list entry is named by its number from 0.")
 
@@ -312,16 +312,23 @@ def _section_type(annotation: Any) -> Any:
     return annotation
 
 
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(f"{path}: there is no user of that name to take a home folder from.") from None
+
+
 def _absolute(recipe: Recipe, folder: Path) -> Recipe:
     def place(path: str | None) -> str | None:
-        return None if path is None else str((folder / Path(path).expanduser()).absolute())
+        return None if path is None else str((folder / _expanded(path)).absolute())
 
     def moved(source: Any) -> Any:
         hub = getattr(source, "hub", None)
         is_folder = hub is not None and (folder / hub).is_dir()
         return source.model_copy(update={"path": place(source.path)} | ({"hub": place(hub)} if is_folder else {}))
 
-    model_path = folder / Path(recipe.model.source).expanduser()
+    model_path = folder / _expanded(recipe.model.source)
     is_local = model_path.exists() or recipe.model.source.endswith(".gguf")
     source = str(model_path.absolute()) if is_local else recipe.model.source
     return recipe.model_copy(

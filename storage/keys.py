@@ -66,7 +66,7 @@ class FileHashes:
         if known is not None and known.get("stamp") == stamp:
             return str(known["sha256"])
         digest = file_sha256(path)
-        if _stamp(path) == stamp and time.time() - stamp[3] / 1e9 > RACY_SECONDS:
+        if _stamp(path) == stamp and time.time() - max(stamp[2], stamp[3]) / 1e9 > RACY_SECONDS:
             _write_note(note, {"path": str(path), "stamp": stamp, "sha256": digest})
         return digest
 

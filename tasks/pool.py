@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from covercal.errors import InputError
-from covercal.pool import Counts, Sample, pack, spread_over_domains, unique_documents, windows
+from covercal.pool import Counts, Sample, pack, read_documents, spread_over_domains, unique_documents, windows
 from covercal.recipe import DivergenceText, PerplexityText
 from storage.artifacts import ArtifactStore, Ref
 from storage.tables import read_table, write_table
@@ -70,7 +70,7 @@ def make_pool(
     return asdict(counts)
 
 
-@cached("texts", version=1, ignored=("imported",))
+@cached("texts", version=2, ignored=("imported",))
 def make_texts(
     build: Build,
     *,
@@ -81,12 +81,12 @@ def make_texts(
 ) -> dict[str, Any]:
     """Tokenise an evaluation text: windows in their order, or sequences spread over the domains."""
     counts = Counts()
-    documents = unique_documents([source.source], counts)
     encoder = load_tokenizer(build.store, tokenizer.model, imported)
-    if isinstance(settings, PerplexitySettings):
-        text = "\n\n".join(document.text for document in documents)
+    if isinstance(settings, PerplexitySettings):  # the whole text as it is: repeated and empty rows belong to it
+        text = "\n\n".join(document.text for document in read_documents(source.source))
         chosen = windows(text, encoder, settings.window, settings.limit, source.source.name.rsplit("/", 1)[-1])
     else:
+        documents = unique_documents([source.source], counts)
         every = pack(documents, encoder, (settings.window,), packing="join", seed=0, counts=counts)
         chosen = spread_over_domains(every, settings.limit)
     if not chosen:

@@ -672,3 +672,18 @@ def test_a_window_names_its_text_and_where_it_begins() -> None:
         ("book", ("book:32",)),
         ("book", ("book:64",)),
     ]
+
+
+# --- found by reading ----------------------------------------------------------------------------------------------
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "first"}\n')
+    (document,) = read_documents(TextSource(path=str(tmp_path / "rows.jsonl")))
+    assert document.text == "first"
+
+
+def test_a_domain_that_is_null_is_refused_by_row(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "domain": null}\n')
+    with pytest.raises(InputError, match="row 0: field `domain` is empty"):
+        list(read_documents(TextSource(path=str(tmp_path / "rows.jsonl"), domain="domain")))

@@ -327,3 +327,13 @@ def test_perplexity_and_divergence_of_one_text_are_two_artifacts(store: Artifact
     first = texts(store, files, PerplexitySettings(32, 3)).ref
     second = texts(store, files, DivergenceSettings(32, 3)).ref
     assert first.key != second.key
+
+
+def test_a_perplexity_text_keeps_its_repeated_rows(store: ArtifactStore, files: Path, tmp_path: Path) -> None:
+    rows = [tiny.text(1, "animals"), tiny.text(2, "animals"), tiny.text(1, "animals")]
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "{row}"}}\n' for row in rows), encoding="utf-8")
+    made = texts(store, files, PerplexitySettings(16, None), path=str(tmp_path / "rows.jsonl"), domain=None)
+    expected = tiny.tiny_tokenizer().encode("\n\n".join(rows), add_special_tokens=False)
+    tokens = np.concatenate(sample_tokens(store, made.ref))
+    assert tokens.tolist() == expected[: tokens.size]
+    assert len(expected) - tokens.size < 16
