@@ -238,7 +238,7 @@ def _quantize_site(
     weight = torch.cat([module.weight.double() for module in modules])
     matrix = gram.gram() if gram is not None else None
     grid_settings = GridSettings(settings.bits, settings.group_size, settings.symmetric, DTYPES[storage_dtype])
-    rounding = RoundingSettings(settings.damping, settings.activation_order)
+    rounding = RoundingSettings(settings.damping, settings.activation_order, settings.shrinkage)
     try:
         grid = min_max_grid(weight, grid_settings)
         rounded = rounder(settings.method)(weight, matrix, grid, rounding)

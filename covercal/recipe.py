@@ -125,6 +125,7 @@ class Quantization(Section):
     symmetric: bool = False
     activation_order: bool = Field(True, description="round the columns with the largest inputs first")
     damping: float = Field(0.01, ge=0, description="added to the Gram diagonal, relative to its mean")
+    shrinkage: float = Field(0.0, ge=0, le=1, description="share of the Gram matrix replaced by its own diagonal")
     storage_dtype: Dtype | Literal["auto"] = Field(
         "auto",
         description="dtype of scales and unquantised weights in the checkpoint; auto: the model's own 16-bit dtype",

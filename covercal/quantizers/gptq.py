@@ -25,7 +25,7 @@ def gptq(weight: Tensor, gram: Tensor | None, grid: Grid, settings: RoundingSett
     grid
         Static: made from the original weight, so that activation order keeps groups contiguous.
     settings
-        Damping and order.
+        Damping, order and shrinkage.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def gptq(weight: Tensor, gram: Tensor | None, grid: Grid, settings: RoundingSett
     dead = diagonal <= 0
     order = torch.argsort(diagonal, descending=True, stable=True) if settings.activation_order else None
     scale, zero = grid.columns(columns)
-    gram = gram.clone()
+    gram = shrunk(gram, settings.shrinkage)
     gram.diagonal()[dead] = diagonal[~dead].mean() if not dead.all() else 1.0
     if order is not None:
         weight, scale, zero, gram = weight[:, order], scale[:, order], zero[:, order], gram[order][:, order]
@@ -58,6 +58,13 @@ def gptq(weight: Tensor, gram: Tensor | None, grid: Grid, settings: RoundingSett
     )
     codes = turned.T if order is None else turned[torch.argsort(order)].T
     return Rounded(codes, damping, attempts, int(dead.sum()))
+
+
+def shrunk(gram: Tensor, share: float) -> Tensor:
+    """Return (1 - share) H + share diag(H): few calibration tokens know the diagonal far better than the rest."""
+    smaller = (1.0 - share) * gram
+    smaller.diagonal().copy_(gram.diagonal())
+    return smaller
 
 
 def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float, int]:

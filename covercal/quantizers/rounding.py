@@ -20,10 +20,13 @@ class RoundingSettings:
         Added to the Gram diagonal, relative to its mean.
     activation_order
         Whether columns are rounded in the order of falling Gram diagonal.
+    shrinkage
+        Share of the Gram matrix that is replaced by its own diagonal; 1 is round-to-nearest.
     """
 
     damping: float = 0.01
     activation_order: bool = True
+    shrinkage: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

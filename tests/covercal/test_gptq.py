@@ -349,3 +349,22 @@ def test_a_missing_gram_matrix_is_refused() -> None:
 def test_the_name_gptq_gives_a_calibrated_method() -> None:
     assert rounder("gptq") is gptq
     assert METHODS["gptq"].calibrated
+
+
+# --- shrinkage -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.9])
+def test_shrinkage_is_the_textbook_on_the_gram_matrix_moved_towards_its_diagonal(share: float) -> None:
+    weight, gram = layer(3, 8, 70)
+    grid = grid_of(weight, 3)
+    moved = (1 - share) * gram + share * torch.diag(gram.diagonal())
+    found = gptq(weight, gram, grid, RoundingSettings(shrinkage=share)).codes.numpy()
+    np.testing.assert_array_equal(found, optimal_brain_quantization(weight, moved, grid, RoundingSettings()))
+
+
+def test_full_shrinkage_is_round_to_nearest() -> None:
+    weight, gram = layer(4, 8, 70)
+    grid = grid_of(weight, 3)
+    whole = RoundingSettings(shrinkage=1.0)
+    assert torch.equal(gptq(weight, gram, grid, whole).codes, round_to_nearest(weight, None, grid, whole).codes)
