@@ -111,6 +111,7 @@ def test_a_model_and_texts_are_enough_and_the_rest_is_as_documented() -> None:
             "symmetric": False,
             "activation_order": True,
             "damping": 0.01,
+            "shrinkage": 0.0,
             "storage_dtype": "auto",
         },
         "evaluation": {"perplexity": (), "divergence": ()},
