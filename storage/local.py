@@ -9,7 +9,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from storage.errors import UnwritableStoreError
+from storage.errors import StorageError, UnwritableStoreError
+
+SHARED_MODE = 0o666  # a lock file outlives its build, and the next user of a shared cache must be able to take it
 
 
 def fsync_path(path: Path) -> None:
@@ -85,13 +87,15 @@ def build_lock(path: Path) -> Iterator[bool]:
     The operating system frees the lock when its holder dies, so a killed build blocks nobody.
     """
     make_writable_folder(path.parent, "The folder of locks")
-    lock = FileLock(path, thread_local=False)
+    lock = FileLock(path, mode=SHARED_MODE, thread_local=False)
     waited = False
     try:
         lock.acquire(timeout=0)
     except Timeout:
         waited = True
         lock.acquire()
+    except OSError as cause:
+        raise StorageError(f"Lock file {path} cannot be opened: {cause.strerror or cause}.") from cause
     try:
         yield waited
     finally:
