@@ -46,12 +46,20 @@ def split(pool: Path, folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def recipe(folder: Path, model: Path, samples: int, bits: int, selector: str = "coverage", seed: int = 0) -> Recipe:
+def recipe(
+    folder: Path,
+    model: Path,
+    samples: int,
+    bits: int,
+    selector: str = "coverage",
+    seed: int = 0,
+    shrinkage: float = 0.0,
+) -> Recipe:
     value: dict[str, Any] = {
         "model": {"source": str(model), "dtype": "float32"},
         "pool": {"sources": [{"path": "pool.jsonl", "domain": "domain"}], "sequence_length": 256, "samples": samples},
         "selection": {"selector": selector, "budget": 32, "seed": seed},
-        "quantization": {"method": "gptq", "bits": bits, "group_size": 64},
+        "quantization": {"method": "gptq", "bits": bits, "group_size": 64, "shrinkage": shrinkage},
         "evaluation": {"divergence": [{"path": "heldout.jsonl", "domain": "domain", "window": 512, "limit": 30}]},
     }
     return parse_recipe(value, folder)
@@ -103,10 +111,12 @@ def main() -> None:
     split(wanted.pool, folder)
     value: dict[str, Any] = {"samples": wanted.samples, "runs": {}}
     rows = []
-    plans = [(3, "coverage", 0), (4, "coverage", 0), *((3, "random", seed) for seed in range(wanted.random_seeds))]
-    for bits, selector, seed in plans:
+    plans = [(3, "coverage", 0, 0.0), (4, "coverage", 0, 0.0), (4, "coverage", 0, 0.3)]
+    plans += [(3, "random", seed, 0.0) for seed in range(wanted.random_seeds)]
+    for bits, selector, seed, shrinkage in plans:
         name = f"w{bits} g64 {selector}@32" + (f" seed {seed}" if selector == "random" else "")
-        chain, summary, seconds = run(recipe(folder, model, wanted.samples, bits, selector, seed), store)
+        name += f" shrinkage {shrinkage}" if shrinkage else ""
+        chain, summary, seconds = run(recipe(folder, model, wanted.samples, bits, selector, seed, shrinkage), store)
         found = quality(summary)
         value["runs"][name] = found | {"seconds": round(seconds, 1), "selection": summary["selection"]}
         nearest, mine, original = (found[k]["all"] for k in ("nearest", "run", "original"))
