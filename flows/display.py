@@ -1,6 +1,5 @@
 """The rows that a user watches: in place on a terminal, once per finished stage in a log."""
 
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -171,8 +170,3 @@ class Display:
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
-
-
-def stderr_console() -> Console:
-    """Return the console for everything that is not the result of `--json`."""
-    return Console(file=sys.stderr)

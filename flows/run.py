@@ -14,12 +14,13 @@ from rich.console import Console
 from covercal.recipe import Recipe
 from flows.chain import Chain, Inputs, check_inputs, identify, run_chain
 from flows.display import Display
-from flows.execution import Event, Planned, Recorder
+from flows.execution import Direct, Event, Planned, Recorder
 from flows.summary import stage_rows, summarize
 from storage.artifacts import ArtifactStore
 from storage.local import make_writable_folder
 from storage.runs import RunRecord, StageRecord, new_run_name, write_run
 from tasks.identities import model_folder
+from tasks.model import import_model
 from tasks.progress import listening
 
 PREFECT_SETTINGS = {
@@ -96,9 +97,9 @@ def execute(
                 summary = summarize(recipe, chain, store)
             else:
                 make_writable_folder(store.root, "The cache folder")
-                _check_model(recipe, inputs, store, planned.events)
+                built |= _check_model(recipe, inputs, store, display)
                 summary = _run_flow(recipe, recorder, console, until, verbose=verbose)
-        except BaseException as error:
+        except BaseException as error:  # Ctrl-C too: the record says how the run ended, and the error goes on
             _write(store, recipe, command, when, started, "failed", recorder.events, {}, error)
             raise
     record = _write(store, recipe, command, when, started, "completed", recorder.events, summary, None)
@@ -113,13 +114,15 @@ def _replay(events: Sequence[Event], recorder: Recorder) -> None:
             recorder.add(event)
 
 
-def _check_model(recipe: Recipe, inputs: Inputs, store: ArtifactStore, events: Sequence[Event]) -> None:
-    """Check what can be checked of the model before any heavy work; a GGUF file first has to be unpacked."""
-    imported = next((event for event in events if event.label == "model"), None)
-    if imported is None:
-        check_inputs(recipe, inputs, model_folder(store, inputs.model, None))
-    elif imported.decision == "hit":
-        check_inputs(recipe, inputs, store.folder(imported.stage, imported.key))
+def _check_model(recipe: Recipe, inputs: Inputs, store: ArtifactStore, display: Display) -> dict[str, Event]:
+    """Check what can be checked of the model before any heavy work; a GGUF file is unpacked for it.
+
+    Returns the event of the unpacking by key, when it had to be done.
+    """
+    unpacking = Recorder(display.start)
+    imported = Direct(store, unpacking).run("model", import_model, model=inputs.model) if inputs.model.gguf else None
+    check_inputs(recipe, inputs, model_folder(store, inputs.model, imported))
+    return {event.key: event for event in unpacking.events if event.decision != "hit"}
 
 
 def _run_flow(recipe: Recipe, recorder: Recorder, console: Console, until: str, *, verbose: bool) -> dict[str, Any]:

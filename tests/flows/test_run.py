@@ -360,3 +360,21 @@ def test_texts_that_are_too_short_are_refused_before_any_heavy_work(
     with pytest.raises(InputError, match=r"The texts give \d+ samples of 32 tokens, and pool.samples asks for 100000"):
         run_through_prefect(path, store)
     assert not list(store.manifests("statistics"))
+
+
+def test_a_group_size_is_refused_before_any_heavy_work_for_a_gguf_file_that_is_new(
+    write_recipe: WriteRecipe, store: ArtifactStore, tmp_path: Path
+) -> None:
+    path = write_recipe(model={"source": str(tiny.save_gguf(tmp_path / "tiny.gguf"))}, quantization={"group_size": 24})
+    with pytest.raises(InputError, match=r"group_size 24 does not divide the 32 inputs"):
+        run_through_prefect(path, store)
+    assert {manifest.stage for manifest in store.manifests()} == {"model"}
+
+
+def test_a_gguf_file_that_is_unpacked_for_the_check_counts_as_built(
+    write_recipe: WriteRecipe, store: ArtifactStore, tmp_path: Path, prefect_server: None
+) -> None:
+    path = write_recipe(model={"source": str(tiny.save_gguf(tmp_path / "tiny.gguf"))}, evaluation={"divergence": []})
+    rows = {row["stage"]: row for row in run_through_prefect(path, store).stages}
+    assert (rows["model"]["decision"], rows["model"]["artifacts"]) == ("built", 1)
+    assert {row["decision"] for row in rows.values()} == {"built"}
