@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from covercal.decoder import DTYPES, Decoder
-from covercal.quantization import LinearReport, QuantizedBlock, QuantizedLinear
+from covercal.quantization import QuantizedBlock, QuantizedLinear
 from covercal.recipe import Dtype, Quantization
 
 INDEX = "model.safetensors.index.json"
@@ -27,41 +27,56 @@ class CheckpointWriter:
 
     Attributes
     ----------
-    folder
-        An empty folder.
     decoder
         The original model: gives names, configuration and what is not quantised.
     settings, storage_dtype
         The grid, and the dtype of everything that is not a code.
     """
 
-    folder: Path
     decoder: Decoder
     settings: Quantization
     storage_dtype: Dtype
 
-    def write(self, blocks: Iterable[QuantizedBlock], record: Mapping[str, Any]) -> list[LinearReport]:
-        """Write all shards, the index, the configuration and `covercal.json`; return the reports of the linears."""
-        reports: list[LinearReport] = []
-        quantized: set[str] = set()
+    def shard_name(self, index: int) -> str:
+        """Return the file name of a block's shard; one more follows the last block."""
+        return f"model-{index + 1:05d}-of-{len(self.decoder.blocks) + 1:05d}.safetensors"
+
+    def write_block(self, block: QuantizedBlock, folder: Path) -> None:
+        """Write the shard of one block into `folder`."""
+        tensors = {n: t for n, t in self._unquantized().items() if n.startswith(self._prefix(block.index))}
+        for linear in block.linears:
+            del tensors[f"{linear.name}.weight"]
+            tensors.update(packed_tensors(linear, self.settings))
+        self._save(tensors, folder / self.shard_name(block.index))
+
+    def finish(self, folder: Path, quantized: Iterable[str], record: Mapping[str, Any]) -> None:
+        """Write all that is not in a block, the index, the configuration and `covercal.json`.
+
+        Parameters
+        ----------
+        folder
+            Holds the shards of all blocks.
+        quantized
+            Names of the quantised linears.
+        record
+            How the checkpoint came to be.
+        """
+        prefixes = tuple(self._prefix(index) for index in range(len(self.decoder.blocks)))
+        rest = {n: t for n, t in self._unquantized().items() if not n.startswith(prefixes)}
+        self._save(rest, folder / self.shard_name(len(self.decoder.blocks)))
         places: dict[str, str] = {}
         total = 0
-        shards = len(self.decoder.blocks) + 1
-        rest = self._unquantized()
-        for block in blocks:
-            prefix = f"{self.decoder.blocks_path}.{block.index}."
-            tensors = {name: rest.pop(name) for name in [n for n in rest if n.startswith(prefix)]}
-            for linear in block.linears:
-                del tensors[f"{linear.name}.weight"]
-                tensors.update(packed_tensors(linear, self.settings))
-                quantized.add(linear.name)
-            total += self._save(tensors, block.index + 1, shards, places)
-            reports.extend(block.reports)
-        total += self._save(rest, shards, shards, places)
-        self._write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-        self._write_config(quantized)
-        self._write_json(RECORD, record)
-        return reports
+        for index in range(len(self.decoder.blocks) + 1):
+            name = self.shard_name(index)
+            sizes = tensor_sizes(folder / name)
+            places |= dict.fromkeys(sizes, name)
+            total += sum(sizes.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        self._write_config(folder, set(quantized))
+        _write_json(folder / RECORD, record)
+
+    def _prefix(self, index: int) -> str:
+        return f"{self.decoder.blocks_path}.{index}."
 
     def _unquantized(self) -> dict[str, Tensor]:
         """Return the model's state by name, without names that are tied to an earlier one."""
@@ -74,31 +89,45 @@ class CheckpointWriter:
                 kept[name] = tensor
         return kept
 
-    def _save(self, tensors: Mapping[str, Tensor], number: int, shards: int, places: dict[str, str]) -> int:
-        name = f"model-{number:05d}-of-{shards:05d}.safetensors"
-        stored = {key: self._stored(tensor) for key, tensor in sorted(tensors.items())}
-        save_file(stored, self.folder / name, metadata={"format": "pt"})
-        places.update(dict.fromkeys(stored, name))
-        return sum(tensor.nbytes for tensor in stored.values())
+    def _save(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        save_file({key: self._stored(tensor) for key, tensor in sorted(tensors.items())}, path, {"format": "pt"})
 
     def _stored(self, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
             tensor = tensor.to(DTYPES[self.storage_dtype])
         return tensor.detach().cpu().contiguous().clone()
 
-    def _write_config(self, quantized: set[str]) -> None:
+    def _write_config(self, folder: Path, quantized: set[str]) -> None:
         model = self.decoder.model
         config = copy.deepcopy(model.config)
         config.quantization_config = quantization_config(model, self.settings, quantized)
         config.dtype = self.storage_dtype
         config.architectures = [type(model).__name__]
-        config.save_pretrained(self.folder)
+        config.save_pretrained(folder)
         if model.generation_config is not None:
-            model.generation_config.save_pretrained(self.folder)
+            model.generation_config.save_pretrained(folder)
 
-    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
-        (self.folder / name).write_text(text + "\n", encoding="utf-8")
+
+def tensor_sizes(path: Path) -> dict[str, int]:
+    """Return the bytes of every tensor of a safetensors file by name, from its header."""
+    with path.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return {n: each["data_offsets"][1] - each["data_offsets"][0] for n, each in header.items() if n != "__metadata__"}
+
+
+def checkpoint_bytes(decoder: Decoder, settings: Quantization, storage_dtype: Dtype) -> int:
+    """Return about how many bytes a checkpoint will have: packed codes, 16-bit scales, and the rest as it is stored."""
+    linears = [decoder.linear(site, name) for site in decoder.sites for name in site.linears]
+    packed = {id(linear.weight) for linear in linears}
+    width = torch.empty((), dtype=DTYPES[storage_dtype]).element_size()
+    rest = sum(p.numel() * width for p in decoder.model.parameters() if id(p) not in packed)
+    codes = sum(linear.weight.numel() * settings.bits / 8 for linear in linears)
+    groups = sum(linear.weight.numel() / (settings.group_size or linear.in_features) for linear in linears)
+    return int(rest + codes + groups * (width + settings.bits / 8))
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def packed_tensors(linear: QuantizedLinear, settings: Quantization) -> dict[str, Tensor]:

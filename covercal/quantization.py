@@ -85,11 +85,39 @@ class LinearReport:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedBlock:
-    """One finished block: its linears, its other weights as the checkpoint keeps them, and the reports."""
+    """One finished block.
+
+    Attributes
+    ----------
+    index
+        Its place.
+    linears, reports
+        Its linears as the checkpoint keeps them, and how well each was quantised.
+    leaving
+        What leaves it and enters the next block, (sequences, length, model width) for each batch of calibration
+        sequences; with them the walk can be resumed.
+    """
 
     index: int
     linears: tuple[QuantizedLinear, ...]
     reports: tuple[LinearReport, ...]
+    leaving: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Where a walk that was cut short goes on.
+
+    Attributes
+    ----------
+    index
+        The first block that is not finished.
+    entering
+        `QuantizedBlock.leaving` of the block before it.
+    """
+
+    index: int
+    entering: tuple[Tensor, ...]
 
 
 @dataclass(slots=True)
@@ -126,6 +154,7 @@ def quantize_blocks(
     sequences: Sequence[npt.NDArray[np.int32]],
     settings: Quantization,
     storage_dtype: Dtype,
+    resumed: Resumed | None = None,
 ) -> Iterator[QuantizedBlock]:
     """Quantise block by block and yield each when it is done; the decoder itself is not changed.
 
@@ -140,6 +169,8 @@ def quantize_blocks(
     storage_dtype
         Dtype in which the checkpoint keeps scales and all other weights; they are rounded to it here too, so
         that later blocks are calibrated behind what the checkpoint will hold.
+    resumed
+        Goes on behind blocks that were finished earlier, with the same result to the bit.
 
     Raises
     ------
@@ -149,7 +180,14 @@ def quantize_blocks(
     calibrated = METHODS[settings.method].calibrated
     with _rounded_outside_blocks(decoder, storage_dtype):
         running = _entering_batches(decoder, sequences) if calibrated else []
-    for index, block in enumerate(decoder.blocks):
+    first = 0
+    if resumed is not None:
+        first = resumed.index
+        for batch, hidden in zip(running, resumed.entering, strict=True):
+            if hidden.shape != batch.hidden.shape:
+                raise ValueError(f"batch of shape {tuple(hidden.shape)} resumed as {tuple(batch.hidden.shape)}")
+            batch.hidden = torch.empty_like(batch.hidden).copy_(hidden)  # aligned in memory as it was
+    for index, block in enumerate(decoder.blocks[first:], start=first):
         working = copy.deepcopy(block)
         round_parameters(working, storage_dtype)
         linears: list[QuantizedLinear] = []
@@ -160,8 +198,8 @@ def quantize_blocks(
                 linears.append(linear)
                 reports.append(report)
         for batch in running:
-            batch.hidden = run_block(working, batch.hidden, batch.arguments[index])
-        yield QuantizedBlock(index, tuple(linears), tuple(reports))
+            batch.hidden = run_block(working, batch.hidden, batch.arguments[index]).contiguous()
+        yield QuantizedBlock(index, tuple(linears), tuple(reports), tuple(batch.hidden for batch in running))
 
 
 def round_parameters(module: nn.Module, storage_dtype: Dtype) -> None:

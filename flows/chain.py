@@ -7,7 +7,8 @@ from covercal.errors import InputError
 from covercal.quantizers.registry import METHODS
 from covercal.recipe import Quantization, Recipe
 from flows.execution import Execution, Pending
-from storage.artifacts import ArtifactStore, Ref
+from storage.artifacts import ArtifactStore
+from storage.manifest import Ref
 from tasks.cached import ByDigest
 from tasks.capture import capture_shard, pool_shards
 from tasks.evaluate import evaluate_text, reference_text
@@ -156,11 +157,12 @@ def _references(recipe: Recipe, execution: Execution, texts: tuple[Any, ...], pl
     return execution.map("reference", reference_text, wanted)
 
 
-def storage_dtype(recipe: Recipe, model: ModelIdentity) -> Any:
-    """Return the dtype of the checkpoint's scales and unquantised weights."""
-    if recipe.quantization.storage_dtype != "auto":
-        return recipe.quantization.storage_dtype
-    return "float16" if model.dtype == "float16" else "bfloat16"
+def _settings(recipe: Recipe, model: ModelIdentity) -> Quantization:
+    """Return the settings of quantisation with the dtype of scales and unquantised weights decided."""
+    settings = recipe.quantization
+    if settings.storage_dtype != "auto":
+        return settings
+    return settings.model_copy(update={"storage_dtype": "float16" if model.dtype == "float16" else "bfloat16"})
 
 
 def _nearest(recipe: Recipe, execution: Execution, place: dict[str, Any], inputs: Inputs) -> Any:
@@ -170,8 +172,7 @@ def _nearest(recipe: Recipe, execution: Execution, place: dict[str, Any], inputs
         **place,
         pool=None,
         calibration=None,
-        quantization=without_calibration(recipe.quantization),
-        storage_dtype=storage_dtype(recipe, inputs.model),
+        quantization=without_calibration(_settings(recipe, inputs.model)),
     )
 
 
@@ -184,17 +185,12 @@ def without_calibration(settings: Quantization) -> Quantization:
 def _checkpoint(
     recipe: Recipe, execution: Execution, pool: Any, selection: Any, place: dict[str, Any], inputs: Inputs
 ) -> Any:
-    settings = recipe.quantization
-    dtype = storage_dtype(recipe, inputs.model)
+    settings = _settings(recipe, inputs.model)
     if not METHODS[settings.method].calibrated:
         plain = without_calibration(settings)
-        return execution.run(
-            "checkpoint", quantize_model, **place, pool=None, calibration=None, quantization=plain, storage_dtype=dtype
-        )
+        return execution.run("checkpoint", quantize_model, **place, pool=None, calibration=None, quantization=plain)
     chosen = execution.read("selection", _calibration, pool, selection, recipe.selection.budget)
-    return execution.run(
-        "checkpoint", quantize_model, **place, pool=pool, calibration=chosen, quantization=settings, storage_dtype=dtype
-    )
+    return execution.run("checkpoint", quantize_model, **place, pool=pool, calibration=chosen, quantization=settings)
 
 
 def _calibration(store: ArtifactStore, pool: Ref, selection: Ref, budget: int) -> Any:

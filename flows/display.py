@@ -15,7 +15,7 @@ from flows.execution import Event
 from flows.summary import grid_name
 from tasks.progress import Progress
 
-PLANNED_WORDS = {"hit": "cached", "build": "to do", "rebuild": "to rebuild", "waits": "to do"}
+PLANNED_WORDS = {"hit": "cached", "build": "to do", "rebuild": "to rebuild", "waits": "to do", "pull": "to pull"}
 RUN_WORDS = {"hit": "cached", "built": "built", "waited": "built elsewhere", "pulled": "pulled", "rebuilt": "rebuilt"}
 NEW_WORDS = {"statistics": "captured"}
 

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from storage.artifacts import ArtifactStore, Decision, Manifest, Outcome, Ref
+from storage.artifacts import ArtifactStore
+from storage.manifest import Decision, Manifest, Outcome, Ref, Request
 from tasks.cached import ByDigest, Step
 
-WORST_FIRST = ("rebuild", "build", "waits", *(str(d) for d in reversed(Decision)))  # plans first, then runs
+WORST_FIRST = ("rebuild", "build", "waits", "pull", *(str(d) for d in reversed(Decision)))  # plans first, then runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Event:
     stage, key
         The artifact; no key when it depends on what is not there yet.
     decision
-        A `Decision`, or for a plan also `build`, `rebuild` or `waits`.
+        A `Decision`, or for a plan also `build`, `rebuild`, `pull` or `waits`.
     reason
         Why.
     seconds
@@ -127,12 +128,14 @@ class Planned:
     """Looks up every artifact and builds none, but for the light stages named in `builds`.
 
     Which shards a pool has, and so what is cached of it, is only known once its texts are tokenised; that takes
-    seconds, and the result is kept for the run.
+    seconds, and the result is kept for the run. What the remote has is told as `pull`, and pulled only when its content
+    decides what else is to do.
     """
 
     store: ArtifactStore
     recorder: Recorder
     builds: frozenset[str] = frozenset({"pool", "texts"})
+    planned: dict[str, Request] = field(default_factory=dict)
 
     def run(self, label: str, step: Step, **inputs: Any) -> Ref | Pending:
         """Find one artifact."""
@@ -151,16 +154,23 @@ class Planned:
         if waits_for is not None:
             return self._waits(label, step, waits_for)
         request = step.request(inputs)
-        found = self.store.look_up(request.stage, request.key)
+        found = self.store.claim(request.stage, request.key)
         if found.manifest is not None:
             self.recorder.add(event_of(label, hit(found.manifest)))
             return found.manifest.ref
+        self.planned[request.key] = request
         if step.stage in self.builds and all(ref.digest for ref in request.inputs):
             outcome = step.run(self.store, label, inputs)
             self.recorder.add(event_of(label, outcome))
             return outcome.ref
-        reason = found.reason if found.damaged else self.store.explain(request)
-        decision = "rebuild" if found.damaged else "build"
+        remote = self.store.look_up_remote(request.stage, request.key)
+        if remote.manifest is not None:
+            reason = f"{found.reason}; {remote.reason}" if found.damaged else remote.reason
+            self.recorder.add(Event(label, step.stage, request.key, "pull", reason))
+            return remote.manifest.ref
+        damaged = [each.reason for each in (found, remote) if each.damaged]
+        reason = "; ".join(damaged) or self.store.explain(request, self.planned)
+        decision = "rebuild" if damaged else "build"
         self.recorder.add(Event(label, step.stage, request.key, decision, reason))
         return Ref(step.stage, request.key)
 

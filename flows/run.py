@@ -17,7 +17,7 @@ from flows.display import Display
 from flows.execution import Direct, Event, Planned, Recorder
 from flows.summary import stage_rows, summarize
 from storage.artifacts import ArtifactStore
-from storage.local import make_writable_folder
+from storage.durable import make_writable_folder
 from storage.runs import RunRecord, StageRecord, new_run_name, write_run
 from tasks.identities import model_folder
 from tasks.model import import_model
@@ -86,9 +86,12 @@ def execute(
     """
     started, when = time.monotonic(), datetime.now(UTC)
     planned = Recorder()
+    if sent := store.send_unsent():
+        console.print(f"{sent} artifacts that an earlier run could not send are in the remote now", highlight=False)
     inputs, chain = plan(recipe, store, planned, until=until)
-    cached = all(event.decision in ("hit", "built", "rebuilt") for event in planned.events)
-    built = {event.key: event for event in planned.events if event.decision in ("built", "rebuilt")}
+    made = ("built", "rebuilt", "pulled", "waited")
+    cached = all(event.decision in ("hit", *made) for event in planned.events)
+    built = {event.key: event for event in planned.events if event.decision in made}
     with Display(recipe, console) as display, listening(display.progress):
         recorder = Recorder(display.start, display.event, built)
         try:

@@ -11,7 +11,8 @@ from covercal.coverage import covered_channels, expected_random_coverage
 from covercal.recipe import Recipe
 from flows.chain import Chain
 from flows.execution import WORST_FIRST, Event
-from storage.artifacts import ArtifactStore, Ref
+from storage.artifacts import ArtifactStore
+from storage.manifest import Ref
 from storage.tables import read_table
 from tasks.evaluate import read_scores
 from tasks.pool import sample_columns

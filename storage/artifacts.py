@@ -1,140 +1,59 @@
-"""The artifact store: look up, build once, commit, verify."""
+"""The artifact store: look up, pull, build once, commit, share, verify."""
 
 import errno
-import json
-import platform
 import re
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
-from enum import StrEnum
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from storage.durable import build_lock, flush_and_hash, make_writable_folder
 from storage.errors import MissingArtifactError, StorageError
-from storage.explain import explain_miss
-from storage.keys import artifact_key, content_digest, file_sha256
-from storage.local import build_lock, fsync_path, fsync_tree, make_writable_folder, move_into_place, write_durably
+from storage.explain import Known, explain_miss
+from storage.in_use import claims_of
+from storage.keys import content_digest
+from storage.local import DAMAGED, LocalObjects
+from storage.manifest import (
+    MANIFEST,
+    SHORT_KEY,
+    Decision,
+    Lookup,
+    Manifest,
+    Outcome,
+    Ref,
+    Request,
+    library_versions,
+)
 
-MANIFEST = "MANIFEST.json"
-LIBRARIES = ("numpy", "torch", "transformers", "tokenizers", "zarr", "duckdb", "pyarrow", "compressed-tensors")
-MANIFEST_FAULTS = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
+if TYPE_CHECKING:
+    from storage.remote import RemoteObjects
+
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large|os error (28|122|27)\b")
+CONTINUED = "continued"  # what a build notes when it went on from the work of one that was cut short
 BuildFolder = Callable[[Path], Mapping[str, Any] | None]
-_KEY = re.compile(r"[0-9a-f]{64}")
-_STAGE = re.compile(r"[a-z][a-z_]*")
-
-
-class Decision(StrEnum):
-    """What the store did for one artifact, from the cheapest to the dearest."""
-
-    HIT = "hit"
-    PULLED = "pulled"
-    WAITED = "waited"
-    BUILT = "built"
-    REBUILT = "rebuilt"
-
-
-@dataclass(frozen=True, slots=True)
-class Ref:
-    """What passes between steps: the name of one artifact, never its content.
-
-    Attributes
-    ----------
-    stage, key
-        Where it is; the key is sha256 over what it was made from.
-    digest
-        sha256 over its files' content; empty for an artifact that is planned and not built yet.
-    """
-
-    stage: str
-    key: str
-    digest: str = ""
-
-    @property
-    def short(self) -> str:
-        """Return the name people read: stage and the first 12 digits of the key."""
-        return f"{self.stage}/{self.key[:12]}"
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One artifact that is wanted: its stage, stage version, key material and the artifacts it reads."""
-
-    stage: str
-    version: int
-    material: Mapping[str, Any]
-    inputs: tuple[Ref, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """Return the artifact's key."""
-        return artifact_key(self.stage, self.version, self.material)
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What `MANIFEST.json` says of an artifact; it is written last, so an artifact without one does not exist."""
-
-    stage: str
-    version: int
-    key: str
-    digest: str
-    material: dict[str, Any]
-    inputs: list[dict[str, str]]
-    files: dict[str, dict[str, Any]]
-    info: dict[str, Any]
-    libraries: dict[str, str]
-    created: str
-    seconds: float
-
-    @property
-    def ref(self) -> Ref:
-        """Return the reference to this artifact."""
-        return Ref(self.stage, self.key, self.digest)
-
-    @property
-    def size(self) -> int:
-        """Return the bytes of all files."""
-        return sum(int(each["size"]) for each in self.files.values())
-
-
-@dataclass(frozen=True, slots=True)
-class Lookup:
-    """What the store knows of a request: the manifest of a hit, or the reason why there is none."""
-
-    manifest: Manifest | None
-    reason: str
-    damaged: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One artifact that is there now, how it came to be, and why."""
-
-    ref: Ref
-    decision: Decision
-    reason: str
-    seconds: float
-    info: dict[str, Any] = field(default_factory=dict)
 
 
 class ArtifactStore:
-    """Artifacts on the local disk, found by key, built at most once, and never read half-written.
+    """Artifacts on the local disk, found by key, built at most once, never read half-written, shared through a remote.
 
     Parameters
     ----------
     root
         The cache folder, with `objects/STAGE/KK/KEY/`, `staging/`, `work/`, `runs/` and `locks/`.
+    remote
+        Where artifacts that are not here are asked for, and, if it is writable, sent to when they are built.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, remote: "RemoteObjects | None" = None) -> None:
         self.root = root.expanduser().absolute()
+        self.local = LocalObjects(self.root)
+        self.remote = remote
 
     def prepare(self) -> "ArtifactStore":
         """Create the root when it is not there, and return the store; one that cannot be written may still be read.
@@ -148,6 +67,8 @@ class ArtifactStore:
             make_writable_folder(self.root, "The cache folder")
         return self
 
+    # --- what is there -----------------------------------------------------------------------------------------------
+
     def folder(self, stage: str, key: str) -> Path:
         """Return where an artifact lies or would lie.
 
@@ -156,61 +77,67 @@ class ArtifactStore:
         StorageError
             When stage or key are not what this store names its folders by.
         """
-        if not _STAGE.fullmatch(stage) or not _KEY.fullmatch(key):
-            raise StorageError(
-                f"{stage!r}/{key!r} names no artifact: a stage is lower-case letters, a key 64 hex digits."
-            )
-        return self.root / "objects" / stage / key[:2] / key
+        return self.local.folder(stage, key)
+
+    def look_up(self, stage: str, key: str) -> Lookup:
+        """Return the manifest of a whole artifact that is here: every file there, at its size; or why there is none."""
+        return self.local.look_up(stage, key)
+
+    def claim(self, stage: str, key: str) -> Lookup:
+        """Look an artifact up that this process is going to use: nobody deletes it while the process lives."""
+        self.local.folder(stage, key)
+        claims_of(self.root).claim(key)
+        return self.look_up(stage, key)
+
+    def look_up_remote(self, stage: str, key: str) -> Lookup:
+        """Return what the remote knows of an artifact; without one, nothing."""
+        return self.remote.look_up(stage, key) if self.remote is not None else Lookup(None, "not in the store")
 
     def path(self, ref: Ref) -> Path:
-        """Return the folder of an artifact that is in the store.
+        """Return the folder of an artifact, pulled if it has to be.
 
         Raises
         ------
         MissingArtifactError
             When it is not there, or damaged.
         """
-        found = self.look_up(ref.stage, ref.key)
-        if found.manifest is None:
-            raise MissingArtifactError(f"Artifact {ref.short} cannot be read: {found.reason}.")
+        self.manifest(ref)
         return self.folder(ref.stage, ref.key)
 
     def manifest(self, ref: Ref) -> Manifest:
-        """Return the manifest of an artifact that is in the store."""
-        found = self.look_up(ref.stage, ref.key)
+        """Return the manifest of an artifact, pulled if it has to be."""
+        found = self.claim(ref.stage, ref.key)
+        if found.manifest is None and self.remote is not None:
+            self.pull(ref.stage, ref.key)
+            found = self.look_up(ref.stage, ref.key)
         if found.manifest is None:
             raise MissingArtifactError(f"Artifact {ref.short} cannot be read: {found.reason}.")
         return found.manifest
 
-    def look_up(self, stage: str, key: str) -> Lookup:
-        """Return the manifest of a whole artifact: every file there, at its size; or the reason for a miss."""
-        folder = self.folder(stage, key)
-        try:
-            text = (folder / MANIFEST).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            if folder.is_dir():
-                return Lookup(None, f"file {MANIFEST} is missing", damaged=True)
-            return Lookup(None, "not in the store")
-        except OSError as cause:
-            raise StorageError(f"Cannot read {folder / MANIFEST}: {cause.strerror or cause}.") from cause
-        try:
-            manifest = _parse_manifest(text)
-        except MANIFEST_FAULTS as cause:
-            return Lookup(None, f"file {MANIFEST} is not readable ({cause})", damaged=True)
-        if (manifest.stage, manifest.key) != (stage, key):
-            return Lookup(None, f"file {MANIFEST} belongs to {manifest.ref.short}", damaged=True)
-        fault = _first_size_fault(folder, manifest)
-        return Lookup(None, fault, damaged=True) if fault else Lookup(manifest, "in the store")
+    def explain(self, request: Request, planned: Mapping[str, Request] | None = None) -> str:
+        """Return why `request` is not in the store, in terms of the nearest artifact of its stage.
 
-    def explain(self, request: Request) -> str:
-        """Return why `request` is not in the store, in terms of the nearest artifact of its stage."""
-        others = [m for m in self.manifests(request.stage) if m.key != request.key]
-        return explain_miss(
-            request.version, dict(request.material), [(m.version, m.material, m.created) for m in others]
-        )
+        Parameters
+        ----------
+        request
+            What is wanted.
+        planned
+            Requests by key that a plan has made and nothing has answered yet: what an input was to be made from.
+        """
+        others = [(_known(m), m.created) for m in self.manifests(request.stage) if m.key != request.key]
+
+        def find(stage: str, key: str) -> Known | None:
+            if planned is not None and key in planned:
+                return _wanted(planned[key])
+            manifest = self.look_up(stage, key).manifest if key else None
+            return _known(manifest) if manifest is not None else None
+
+        return explain_miss(request.stage, _wanted(request), others, find)
+
+    # --- building ----------------------------------------------------------------------------------------------------
 
     def build_once(self, request: Request, build: BuildFolder) -> Outcome:
-        """Return the artifact of `request`, building it when it is not there; one build at a time per key.
+        """Return the artifact of `request`, pulled or built when it is not there; one build at a time per key.
 
         Parameters
         ----------
@@ -223,91 +150,207 @@ class ArtifactStore:
         Raises
         ------
         StorageError
-            When the disk is full or the store is not writable, naming the cause. An error of `build` itself
-            passes through, and nothing is committed.
+            When the disk is full, the store is not writable or the remote fails, naming the cause. An error of
+            `build` itself passes through, and nothing is committed.
         """
         started = time.perf_counter()
-        found = self.look_up(request.stage, request.key)
+        found = self.claim(request.stage, request.key)
         if found.manifest is not None:
             return _outcome(found.manifest, Decision.HIT, found.reason, started)
         make_writable_folder(self.root, "The cache folder")
-        with build_lock(self.root / "locks" / f"{request.key}.lock") as waited:
-            found = self.look_up(request.stage, request.key)
+        with self._build_lock(request.key) as waited:
+            found = self.claim(request.stage, request.key)
             if found.manifest is not None:
                 decision = Decision.WAITED if waited else Decision.HIT
                 return _outcome(found.manifest, decision, "built by another process", started)
-            reason = found.reason if found.damaged else self.explain(request)
+            pulled = self._pull(request.stage, request.key)
+            if pulled.manifest is not None:
+                reason = f"{found.reason}; {pulled.reason}" if found.damaged else pulled.reason
+                return _outcome(pulled.manifest, Decision.PULLED, reason, started)
+            damaged = [each.reason for each in (found, pulled) if each.damaged]
+            reason = "; ".join(damaged) or self.explain(request)
             manifest = self._build(request, build)
-        return _outcome(manifest, Decision.REBUILT if found.damaged else Decision.BUILT, reason, started)
+        if CONTINUED in manifest.info:
+            reason += f"; continued at {manifest.info[CONTINUED]}"
+        if self.remote is not None and self.remote.writable:
+            winner = self._share(manifest, replace_there=pulled.damaged)
+            if winner.digest != manifest.digest:
+                reason += f"; another machine had sent its own to {self.remote.place} first, which is used"
+            manifest = winner
+        return _outcome(manifest, Decision.REBUILT if damaged else Decision.BUILT, reason, started)
+
+    def _build_lock(self, key: str) -> Any:
+        return build_lock(self.root / "locks" / f"{key}.lock")
+
+    def _staging(self, key: str) -> Path:
+        return self.root / "staging" / f"{key}-{uuid.uuid4().hex}"
 
     def _build(self, request: Request, build: BuildFolder) -> Manifest:
-        staged = self.root / "staging" / f"{request.key[:16]}-{uuid.uuid4().hex}"
+        staged = self._staging(request.key)
         started = time.perf_counter()
         try:
-            with self._named_fault(request):
+            with self._named_fault(request.stage, request.key, staged):
                 staged.mkdir(parents=True)
-            with self._named_fault(request, DISK_FAULTS):  # any other OSError is the build's own
+            with self._named_fault(request.stage, request.key, staged, DISK_FAULTS):  # others are the build's own
                 info = dict(build(staged) or {})
-            if (staged / MANIFEST).exists():
-                raise ValueError(f"a build must not write {MANIFEST}; the store does")
-            with self._named_fault(request):
-                return self._commit(staged, request, info, started)
+            for name in (MANIFEST, DAMAGED):
+                if (staged / name).exists():
+                    raise ValueError(f"a build must not write {name}; the store does")
+            with self._named_fault(request.stage, request.key, staged):
+                manifest = self.local.commit(_manifest_of(staged, request, info, started), staged, replace=True)
+                shutil.rmtree(self.work_folder(request.key), ignore_errors=True)
+                return manifest
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
-    def _commit(self, staged: Path, request: Request, info: dict[str, Any], started: float) -> Manifest:
-        """Write the manifest, flush everything and rename the folder into place."""
-        files = _describe(staged)
-        manifest = Manifest(
-            stage=request.stage,
-            version=request.version,
-            key=request.key,
-            digest=content_digest({name: each["sha256"] for name, each in files.items()}),
-            material=dict(request.material),
-            inputs=[asdict(each) for each in request.inputs],
-            files=files,
-            info=info,
-            libraries=library_versions(),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            seconds=round(time.perf_counter() - started, 3),
-        )
-        fsync_tree(staged)
-        write_durably(staged / MANIFEST, json.dumps(asdict(manifest), indent=1, sort_keys=True).encode())
-        fsync_path(staged)
-        move_into_place(staged, self.folder(request.stage, request.key), self.root / "staging")
-        return manifest
+    def work_folder(self, key: str) -> Path:
+        """Return where a build keeps what it can go on from when it is cut short; deleted once it is committed."""
+        return self.root / "work" / key
+
+    def require_space(self, wanted: int, purpose: str) -> None:
+        """Check the free space before the work and not after it.
+
+        Raises
+        ------
+        StorageError
+            With the space that is needed and the space that is free.
+        """
+        free = shutil.disk_usage(self.root).free
+        if free < wanted:
+            raise StorageError(
+                f"{purpose} needs {_megabytes(wanted)} under {self.root} and {_megabytes(free)} are free. "
+                "Nothing was begun; `covercal cache gc` makes room, COVERCAL_CACHE names another folder."
+            )
 
     @contextmanager
-    def _named_fault(self, request: Request, errors: Container[int | None] | None = None) -> Iterator[None]:
-        """Turn an OSError (one of `errors`, or any) into a `StorageError` that names the cause and the free space."""
+    def _named_fault(
+        self, stage: str, key: str, staged: Path, errors: Container[int | None] | None = None
+    ) -> Iterator[None]:
+        """Turn an OSError (one of `errors`, or any) into a `StorageError` with its cause and the space that is needed.
+
+        Libraries written in other languages tell a full disk by their own exceptions; its text gives it away.
+        """
         try:
             yield
         except OSError as cause:
-            if errors is not None and cause.errno not in errors:
+            if errors is not None and cause.errno not in errors and not FULL.search(str(cause)):
                 raise
-            free = shutil.disk_usage(self.root).free if self.root.exists() else 0
-            raise StorageError(
-                f"Cannot write artifact {request.stage}/{request.key[:12]} under {self.root}: "
-                f"{cause.strerror or cause} ({free / 1e6:,.0f} MB free). "
-                "Nothing was committed; run again when there is room."
-            ) from cause
+            raise self._disk_error(stage, key, staged, cause.strerror or str(cause)) from cause
+        except Exception as cause:
+            if not FULL.search(str(cause)):
+                raise
+            raise self._disk_error(stage, key, staged, str(cause)) from cause
+
+    def _disk_error(self, stage: str, key: str, staged: Path, cause: str) -> StorageError:
+        free = shutil.disk_usage(self.root).free if self.root.exists() else 0
+        written = sum(p.stat().st_size for p in staged.rglob("*") if p.is_file()) if staged.exists() else 0
+        return StorageError(
+            f"Cannot write artifact {stage}/{key[:SHORT_KEY]} under {self.root}: {cause} ({_megabytes(free)} free; it "
+            f"needs more than the {_megabytes(written)} that were written of it). "
+            "Nothing was committed; run again when there is room."
+        )
+
+    # --- the remote --------------------------------------------------------------------------------------------------
+
+    def _pull(self, stage: str, key: str) -> Lookup:
+        """Copy an artifact from the remote; the caller holds the build lock."""
+        with self._fetched(stage, key) as (found, staged):
+            if found.manifest is not None:
+                self._move_in(found.manifest, staged)
+        return found
+
+    @contextmanager
+    def _fetched(self, stage: str, key: str) -> Iterator[tuple[Lookup, Path]]:
+        """Yield what the remote has of an artifact, and a folder with its files, every one checked by its sha256."""
+        found = self.look_up_remote(stage, key)
+        staged = self._staging(key)
+        try:
+            if found.manifest is not None and self.remote is not None:
+                with self._named_fault(stage, key, staged):
+                    staged.mkdir(parents=True)
+                    faults = self.remote.fetch(found.manifest, staged)
+                reason = "; ".join(faults) or f"from {self.remote.place}"
+                found = Lookup(None if faults else found.manifest, reason, damaged=bool(faults))
+            yield found, staged
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    def _move_in(self, manifest: Manifest, staged: Path) -> None:
+        with self._named_fault(manifest.stage, manifest.key, staged):
+            self.local.commit(manifest, staged, replace=True)
+
+    def _share(self, manifest: Manifest, *, replace_there: bool) -> Manifest:
+        """Send an artifact that was just built and return the one that holds everywhere.
+
+        When another machine was first, its artifact replaces ours, so that both go on with the same bytes; but not
+        while another process here already reads ours.
+        """
+        assert self.remote is not None
+        note = self.root / "unsent" / f"{manifest.stage}-{manifest.key}"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()  # a push that is cut short is made up for by `send_unsent`
+        folder = self.folder(manifest.stage, manifest.key)
+        winner = self.remote.commit(manifest, folder, replace=replace_there)
+        note.unlink(missing_ok=True)
+        if winner.digest == manifest.digest:
+            return manifest
+        with self._build_lock(manifest.key), self._fetched(manifest.stage, manifest.key) as (found, staged):
+            with claims_of(self.root).removing_as_only_user(manifest.key) as alone:
+                if found.manifest is None or not alone:
+                    return manifest
+                self._move_in(found.manifest, staged)
+            return found.manifest
+
+    def send_unsent(self) -> int:
+        """Send what was built here and did not reach the remote; returns how many artifacts that were."""
+        if self.remote is None or not self.remote.writable:
+            return 0
+        sent = 0
+        for note in sorted((self.root / "unsent").glob("*-*")):
+            stage, _, key = note.name.partition("-")
+            manifest = self.claim(stage, key).manifest
+            if manifest is not None:
+                self._share(manifest, replace_there=False)
+                sent += 1
+            note.unlink(missing_ok=True)
+        return sent
+
+    def push(self, ref: Ref) -> bool:
+        """Send an artifact that is here to the remote; returns whether it was not there yet."""
+        assert self.remote is not None
+        manifest = self.manifest(ref)
+        there = self.remote.look_up(ref.stage, ref.key).manifest
+        self.remote.commit(manifest, self.folder(ref.stage, ref.key))
+        return there is None
+
+    def pull(self, stage: str, key: str) -> bool:
+        """Copy an artifact from the remote unless it is here; returns whether it was copied.
+
+        Raises
+        ------
+        MissingArtifactError
+            When the remote does not have it, or has it damaged.
+        """
+        if self.claim(stage, key).manifest is not None:
+            return False
+        make_writable_folder(self.root, "The cache folder")
+        with self._build_lock(key):
+            if self.look_up(stage, key).manifest is not None:
+                return False
+            found = self._pull(stage, key)
+        if found.manifest is None:
+            raise MissingArtifactError(f"Artifact {Ref(stage, key).short} cannot be pulled: {found.reason}.")
+        return True
+
+    # --- listing -----------------------------------------------------------------------------------------------------
 
     def manifests(self, stage: str | None = None) -> Iterator[Manifest]:
-        """Yield the manifests of all readable artifacts (of one stage), in the order of their keys."""
-        objects = self.root / "objects"
-        stages = [stage] if stage else sorted(p.name for p in objects.glob("*") if p.is_dir())
-        for name in stages:
-            for path in sorted((objects / name).glob(f"*/*/{MANIFEST}")):
-                try:
-                    yield _parse_manifest(path.read_bytes())
-                except (*MANIFEST_FAULTS, FileNotFoundError):
-                    continue  # `verify` and look-ups name damaged manifests; a listing shows what can be read
+        """Yield the manifests of all readable artifacts here (of one stage), in the order of their keys."""
+        return self.local.manifests(stage)
 
     def folders(self) -> Iterator[tuple[str, str]]:
-        """Yield (stage, key) of every artifact folder, readable or not."""
-        for path in sorted((self.root / "objects").glob("*/*/*")):
-            if path.is_dir() and _KEY.fullmatch(path.name):
-                yield path.parent.parent.name, path.name
+        """Yield (stage, key) of every artifact folder here, readable or not."""
+        return self.local.folders()
 
     def find(self, prefix: str) -> Manifest:
         """Return the one artifact whose key begins with `prefix` (`KEY`, or `STAGE/KEY`).
@@ -328,70 +371,43 @@ class ArtifactStore:
         return matches[0]
 
     def verify(self, stage: str, key: str) -> list[str]:
-        """Return what is wrong with an artifact after re-hashing every file; empty when all is well."""
-        found = self.look_up(stage, key)
-        if found.manifest is None:
-            return [found.reason]
-        folder = self.folder(stage, key)
-        known = {name: each["sha256"] for name, each in found.manifest.files.items()}
-        faults = [
-            f"file {name} does not match its sha256" for name in known if file_sha256(folder / name) != known[name]
-        ]
-        if content_digest(known) != found.manifest.digest:
-            faults.append(f"file {MANIFEST} lists files that do not give its digest")
-        made_from = artifact_key(found.manifest.stage, found.manifest.version, found.manifest.material)
-        if made_from != key:
-            faults.append(f"file {MANIFEST} holds key material that does not give its key")
-        extra = set(_file_names(folder)) - set(known) - {MANIFEST}
-        return faults + [f"file {name} is not in the manifest" for name in sorted(extra)]
+        """Return what is wrong with an artifact after re-hashing every file; empty when all is well.
+
+        What is found is marked, so that the next run rebuilds it.
+        """
+        return self.local.verify(stage, key)
 
 
-def library_versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that can change an artifact."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def _manifest_of(staged: Path, request: Request, info: dict[str, Any], started: float) -> Manifest:
+    """Flush and hash what was built, and return its manifest."""
+    files = {name: {"size": size, "sha256": digest} for name, (size, digest) in flush_and_hash(staged).items()}
+    return Manifest(
+        stage=request.stage,
+        version=request.version,
+        key=request.key,
+        digest=content_digest({name: str(each["sha256"]) for name, each in files.items()}),
+        material=dict(request.material),
+        inputs=[asdict(each) for each in request.inputs],
+        files=files,
+        info=info,
+        libraries=library_versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=round(time.perf_counter() - started, 3),
+    )
 
 
 def _outcome(manifest: Manifest, decision: Decision, reason: str, started: float) -> Outcome:
     return Outcome(manifest.ref, decision, reason, round(time.perf_counter() - started, 3), manifest.info)
 
 
-def _parse_manifest(text: bytes) -> Manifest:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    manifest = Manifest(**value)
-    if not _STAGE.fullmatch(manifest.stage) or not _KEY.fullmatch(manifest.key):
-        raise ValueError("stage or key are malformed")
-    for name, each in manifest.files.items():
-        parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts or "\\" in name:
-            raise ValueError(f"file name {name!r} leaves the artifact's folder")
-        if "\0" in name or not _KEY.fullmatch(each["sha256"]) or int(each["size"]) < 0:
-            raise ValueError(f"file {name!r} has no proper size and sha256")
-    return manifest
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e8 else f"{count / 1e6:,.0f} MB"
 
 
-def _first_size_fault(folder: Path, manifest: Manifest) -> str:
-    for name, each in manifest.files.items():
-        try:
-            size = (folder / name).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return f"file {name} is missing"
-        if size != each["size"]:
-            return f"file {name} has {size} bytes, not {each['size']}"
-    return ""
+def _known(manifest: Manifest) -> Known:
+    inputs = [(each["stage"], each["key"], each["digest"]) for each in manifest.inputs]
+    return Known(manifest.version, manifest.material, inputs)
 
 
-def _file_names(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-
-
-def _describe(folder: Path) -> dict[str, dict[str, Any]]:
-    names = _file_names(folder)
-    return {n: {"size": (folder / n).stat().st_size, "sha256": file_sha256(folder / n)} for n in names}
+def _wanted(request: Request) -> Known:
+    return Known(request.version, request.material, [(r.stage, r.key, r.digest) for r in request.inputs])

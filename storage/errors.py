@@ -1,4 +1,4 @@
-"""Errors of the store; a fault of the disk is never taken for a missing artifact."""
+"""Errors of the store; a fault of the disk or of the network is never taken for a missing artifact."""
 
 
 class StorageError(Exception):
@@ -11,3 +11,11 @@ class UnwritableStoreError(StorageError):
 
 class MissingArtifactError(StorageError):
     """No artifact with this key is in the store."""
+
+
+class RemoteError(StorageError):
+    """The remote cache does not answer, refuses, or is none."""
+
+
+class RemoteSettingsError(RemoteError):
+    """The remote cache is not set up, or not for what is asked of it."""

@@ -1,102 +1,182 @@
-"""Byte work on a local folder: durable writes, commits by rename, build locks."""
+"""Artifacts in a local folder: `objects/STAGE/KK/KEY/`, committed by rename."""
 
-import os
 import shutil
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from storage.durable import file_names, flush_folders, fsync_path, move_into_place, write_durably
+from storage.errors import StorageError
+from storage.keys import file_sha256
+from storage.manifest import (
+    MANIFEST,
+    MANIFEST_FAULTS,
+    Lookup,
+    Manifest,
+    check_name,
+    file_name,
+    identity_faults,
+    is_key,
+    parse_manifest,
+    understood,
+)
 
-from storage.errors import StorageError, UnwritableStoreError
-
-SHARED_MODE = 0o666  # a lock file outlives its build, and the next user of a shared cache must be able to take it
-
-
-def fsync_path(path: Path) -> None:
-    """Flush a file or a folder entry to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def fsync_tree(folder: Path) -> None:
-    """Flush every file below `folder`, then every folder, the deepest first."""
-    folders = []
-    for root, _, names in os.walk(folder):
-        folders.append(Path(root))
-        for name in names:
-            fsync_path(Path(root) / name)
-    for each in reversed(folders):
-        fsync_path(each)
+DAMAGED = "DAMAGED"
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees all of it or nothing, also after a power cut."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    fsync_path(path.parent)
+class LocalObjects:
+    """Artifacts below `root/objects`.
 
-
-def move_into_place(staged: Path, final: Path, trash: Path) -> None:
-    """Rename a finished folder to its final name; whatever stood there is moved to `trash` first and deleted."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    if final.exists():
-        trash.mkdir(parents=True, exist_ok=True)
-        old = trash / uuid.uuid4().hex
-        final.rename(old)
-        shutil.rmtree(old)
-    staged.rename(final)
-    fsync_path(final.parent)
-
-
-def make_writable_folder(folder: Path, purpose: str) -> None:
-    """Create `folder` if needed.
-
-    Raises
-    ------
-    UnwritableStoreError
-        When the folder cannot be created or written, with the system's cause.
+    Parameters
+    ----------
+    root
+        The cache folder; `root/staging` takes what is replaced until it is deleted.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{uuid.uuid4().hex}"
-        probe.touch()
-        probe.unlink()
-    except OSError as cause:
-        raise UnwritableStoreError(
-            f"{purpose} {folder} is not writable ({cause.strerror or cause}); "
-            "set COVERCAL_CACHE to a folder that this user can write."
-        ) from cause
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.objects = root / "objects"
+
+    @property
+    def place(self) -> str:
+        """Return the folder."""
+        return str(self.root)
+
+    def folder(self, stage: str, key: str) -> Path:
+        """Return where an artifact lies or would lie."""
+        check_name(stage, key)
+        return self.objects / stage / key[:2] / key
+
+    def look_up(self, stage: str, key: str) -> Lookup:
+        """Return the manifest of a whole artifact: every file there, at its size, and not marked as damaged."""
+        folder = self.folder(stage, key)
+        try:
+            found = self._look(folder, stage, key)
+            mark = _mark(folder) if found.manifest is not None else ""
+        except OSError as cause:
+            raise StorageError(f"Cannot read {cause.filename or folder}: {cause.strerror or cause}.") from cause
+        return Lookup(None, mark, damaged=True) if mark else found
+
+    def _look(self, folder: Path, stage: str, key: str) -> Lookup:
+        try:
+            text = (folder / MANIFEST).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            if folder.is_dir():
+                return Lookup(None, f"file {file_name(stage, key, MANIFEST)} is missing", damaged=True)
+            return Lookup(None, "not in the store")
+        found = understood(text, stage, key)
+        if found.manifest is None:
+            return found
+        for name, each in found.manifest.files.items():
+            full = file_name(stage, key, name)
+            try:
+                size = (folder / name).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return Lookup(None, f"file {full} is missing", damaged=True)
+            if size != each["size"]:
+                return Lookup(None, f"file {full} has {size} bytes, not {each['size']}", damaged=True)
+        return found
+
+    def commit(self, manifest: Manifest, folder: Path, *, replace: bool = False) -> Manifest:
+        """Write the manifest beside the files of `folder`, which are flushed already, and rename it into place.
+
+        The caller holds the build lock of the key. What stands there and is not whole is replaced in any case.
+        """
+        if not replace:
+            found = self.look_up(manifest.stage, manifest.key)
+            if found.manifest is not None:
+                return found.manifest
+        flush_folders(folder)
+        write_durably(folder / MANIFEST, manifest.to_bytes())
+        fsync_path(folder)
+        move_into_place(folder, self.folder(manifest.stage, manifest.key), self.root / "staging")
+        return manifest
+
+    def fetch(self, manifest: Manifest, folder: Path) -> list[str]:
+        """Copy the files; return one line per file that is not as the manifest says."""
+        source = self.folder(manifest.stage, manifest.key)
+        faults = []
+        for name, each in manifest.files.items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            full = file_name(manifest.stage, manifest.key, name)
+            try:
+                shutil.copyfile(source / name, target)
+            except (FileNotFoundError, NotADirectoryError):
+                faults.append(f"file {full} is missing")
+                continue
+            if file_sha256(target) != each["sha256"]:
+                faults.append(f"file {full} does not match its sha256")
+            fsync_path(target)
+        return faults
+
+    def manifests(self, stage: str | None = None) -> Iterator[Manifest]:
+        """Yield the manifests of all readable artifacts (of one stage), in the order of their keys."""
+        stages = [stage] if stage else sorted(p.name for p in self.objects.glob("*") if p.is_dir())
+        for name in stages:
+            for path in sorted((self.objects / name).glob(f"*/*/{MANIFEST}")):
+                try:
+                    yield parse_manifest(path.read_bytes())
+                except (*MANIFEST_FAULTS, FileNotFoundError):
+                    continue  # `verify` and look-ups name damaged manifests; a listing shows what can be read
+                except OSError as cause:
+                    raise StorageError(f"Cannot read {path}: {cause.strerror or cause}.") from cause
+
+    def folders(self) -> Iterator[tuple[str, str]]:
+        """Yield (stage, key) of every artifact folder, readable or not."""
+        for path in sorted(self.objects.glob("*/*/*")):
+            if path.is_dir() and is_key(path.name):
+                yield path.parent.parent.name, path.name
+
+    def verify(self, stage: str, key: str) -> list[str]:
+        """Return what is wrong with an artifact after re-hashing every file; empty when all is well.
+
+        What is found is marked (or the mark of an earlier time is taken away), so that the next run rebuilds it.
+        """
+        folder = self.folder(stage, key)
+        try:
+            found = self._look(folder, stage, key)
+            if found.manifest is None:
+                return [found.reason]
+            faults = _content_faults(folder, found.manifest)
+            strangers = _strangers(folder, found.manifest)
+        except OSError as cause:
+            raise StorageError(f"Cannot read {cause.filename or folder}: {cause.strerror or cause}.") from cause
+        if self._look(folder, stage, key) == found:  # and not replaced meanwhile
+            _set_mark(folder, faults)
+        return faults + strangers
 
 
-@contextmanager
-def build_lock(path: Path) -> Iterator[bool]:
-    """Hold the lock file `path`; yields whether another process held it first.
+def _content_faults(folder: Path, manifest: Manifest) -> list[str]:
+    faults = [
+        f"file {file_name(manifest.stage, manifest.key, name)} does not match its sha256"
+        for name, each in manifest.files.items()
+        if file_sha256(folder / name) != each["sha256"]
+    ]
+    return faults + identity_faults(manifest)
 
-    The operating system frees the lock when its holder dies, so a killed build blocks nobody.
-    """
-    make_writable_folder(path.parent, "The folder of locks")
-    lock = FileLock(path, mode=SHARED_MODE, thread_local=False)
-    waited = False
+
+def _strangers(folder: Path, manifest: Manifest) -> list[str]:
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        waited = True
-        lock.acquire()
-    except OSError as cause:
-        raise StorageError(f"Lock file {path} cannot be opened: {cause.strerror or cause}.") from cause
+        names = file_names(folder)
+    except ValueError as cause:
+        return [f"in {manifest.ref.short}, {cause}"]
+    strangers = set(names) - set(manifest.files) - {MANIFEST, DAMAGED}
+    return [f"file {file_name(manifest.stage, manifest.key, n)} is not in the manifest" for n in sorted(strangers)]
+
+
+def _mark(folder: Path) -> str:
     try:
-        yield waited
-    finally:
-        lock.release()
+        return (folder / DAMAGED).read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _set_mark(folder: Path, faults: list[str]) -> None:
+    mark = folder / DAMAGED
+    try:
+        if faults:
+            write_durably(mark, ("; ".join(faults) + " (found by verify)").encode())
+        else:
+            mark.unlink(missing_ok=True)
+    except OSError:
+        return  # a folder that this user cannot write stays as it is; who verified it reads the faults

@@ -1,6 +1,7 @@
 """Run records: one JSON file per run, with every decision of the store and its reason."""
 
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -8,7 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from storage.local import make_writable_folder, write_durably
+from storage.durable import make_writable_folder, write_durably
+from storage.errors import MissingArtifactError, StorageError
+
+LATEST = "latest"
+PIN = ".pinned"
+_NAME = re.compile(r"[0-9A-Za-z-]{1,80}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +49,89 @@ def new_run_name() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{secrets.token_hex(3)}"
 
 
+def run_bytes(record: RunRecord) -> bytes:
+    """Return a run record as JSON."""
+    return json.dumps(asdict(record), indent=1, sort_keys=True, default=str).encode()
+
+
+def parse_run(text: bytes) -> RunRecord:
+    """Return the run record that `text` is.
+
+    Raises
+    ------
+    StorageError
+        When it is none, or its name is not that of a run.
+    """
+    try:
+        value = json.loads(text)
+        stages = [StageRecord(**each) for each in value.pop("stages")]
+        record = RunRecord(stages=stages, **value)
+        if not _NAME.fullmatch(record.run):
+            raise ValueError(f"{record.run!r} is no name of a run")
+        datetime.fromisoformat(record.started)
+    except (ValueError, TypeError, KeyError, AttributeError) as cause:
+        raise StorageError(f"A run record is not readable ({cause}).") from cause
+    return record
+
+
 def write_run(root: Path, record: RunRecord) -> Path:
     """Write a run record under `root/runs` and return its path."""
     folder = root / "runs"
     make_writable_folder(folder, "The folder of run records")
     path = folder / f"{record.run}.json"
-    write_durably(path, json.dumps(asdict(record), indent=1, sort_keys=True, default=str).encode())
+    write_durably(path, run_bytes(record))
     return path
 
 
+def save_run(root: Path, record: RunRecord) -> Path:
+    """Keep the record of a run of another machine; one that is here stays as it is."""
+    path = root / "runs" / f"{record.run}.json"
+    return path if path.exists() else write_run(root, record)
+
+
 def read_runs(root: Path) -> Iterator[RunRecord]:
-    """Yield the run records under `root/runs`, the oldest first."""
+    """Yield the run records under `root/runs`, the oldest first.
+
+    Raises
+    ------
+    StorageError
+        Naming a record that cannot be read: what it protects is not known.
+    """
     for path in sorted((root / "runs").glob("*.json")):
-        value = json.loads(path.read_bytes())
-        stages = [StageRecord(**each) for each in value.pop("stages")]
-        yield RunRecord(stages=stages, **value)
+        try:
+            yield parse_run(path.read_bytes())
+        except StorageError as cause:
+            raise StorageError(f"{path}: {cause} Delete the file if the run no longer matters.") from cause
+
+
+def find_run(root: Path, name: str) -> RunRecord:
+    """Return the one run whose name begins with `name`; `latest` is the last that was completed.
+
+    Raises
+    ------
+    MissingArtifactError
+        When none or several do.
+    """
+    runs = list(read_runs(root))
+    matches = [run for run in runs if run.run.startswith(name)]
+    if name == LATEST:
+        matches = [run for run in runs if run.state == "completed"][-1:]
+    if len(matches) != 1:
+        raise MissingArtifactError(
+            f"{len(matches)} runs have a name that begins with {name!r}; `covercal cache runs` lists them."
+        )
+    return matches[0]
+
+
+def pin_run(root: Path, run: str, *, pinned: bool = True) -> None:
+    """Keep the artifacts of a run from garbage collection, or no longer."""
+    mark = root / "runs" / f"{run}{PIN}"
+    if pinned:
+        mark.touch()
+    else:
+        mark.unlink(missing_ok=True)
+
+
+def pinned_runs(root: Path) -> frozenset[str]:
+    """Return the names of the pinned runs."""
+    return frozenset(path.name.removesuffix(PIN) for path in (root / "runs").glob(f"*{PIN}"))

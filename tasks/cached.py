@@ -1,18 +1,24 @@
 """The one decorator: a build function becomes a step that is a store lookup first and a Prefect task on request."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_cache_path
 from pydantic import BaseModel
 
-from storage.artifacts import ArtifactStore, Decision, Outcome, Ref, Request
+from storage.artifacts import ArtifactStore
+from storage.errors import RemoteSettingsError
+from storage.manifest import Decision, Outcome, Ref, Request
 from tasks.progress import Progress, listening, tell
+
+if TYPE_CHECKING:
+    from storage.remote import RemoteObjects
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +40,14 @@ class Build:
         Where the inputs are read.
     label
         Row of the display.
+    work
+        Where parts are kept that a build which was cut short can go on from; not there until something is.
     """
 
     folder: Path
     store: ArtifactStore
     label: str
+    work: Path
 
     def progress(self, total: int, unit: str) -> Callable[[int], None]:
         """Return a function that is called with the count of newly finished units."""
@@ -70,23 +79,32 @@ class Step:
         `build(Build, **inputs)` writes the artifact and returns what the manifest should note beside the content.
     ignored
         Inputs that cannot change the result: places, devices.
+    names
+        What an input is called in a recipe, where that is not its own name; reasons speak in these names.
     """
 
-    def __init__(self, stage: str, version: int, build: BuildFunction, ignored: frozenset[str]) -> None:
+    def __init__(
+        self, stage: str, version: int, build: BuildFunction, ignored: frozenset[str], names: Mapping[str, str]
+    ) -> None:
         self.stage = stage
         self.version = version
         self.build = build
         self.ignored = ignored
+        self.names = names
 
     def request(self, inputs: Mapping[str, Any]) -> Request:
         """Return what `inputs` ask of the store."""
         keyed = {name: value for name, value in inputs.items() if name not in self.ignored}
-        material = {name: key_material(value) for name, value in keyed.items()}
+        material = {self.names.get(name, name): key_material(value) for name, value in keyed.items()}
+        if len(material) < len(keyed):
+            raise ValueError(f"two inputs of stage {self.stage} have one name in its key: {sorted(material)}")
         return Request(self.stage, self.version, material, tuple(references(inputs)))
 
     def run(self, store: ArtifactStore, label: str, inputs: Mapping[str, Any]) -> Outcome:
         """Return the artifact of `inputs`, built if it has to be."""
-        return store.build_once(self.request(inputs), lambda folder: self.build(Build(folder, store, label), **inputs))
+        request = self.request(inputs)
+        work = store.work_folder(request.key)
+        return store.build_once(request, lambda folder: self.build(Build(folder, store, label, work), **inputs))
 
     @cached_property
     def task(self) -> Any:
@@ -110,19 +128,53 @@ class Step:
         )
 
 
-def cached(stage: str, version: int, *, ignored: tuple[str, ...] = ()) -> Callable[[BuildFunction], Step]:
+def cached(
+    stage: str, version: int, *, ignored: tuple[str, ...] = (), names: Mapping[str, str] | None = None
+) -> Callable[[BuildFunction], Step]:
     """Turn a build function into a step of `stage`; see `Step`."""
 
     def wrap(build: BuildFunction) -> Step:
-        return Step(stage, version, build, frozenset(ignored))
+        return Step(stage, version, build, frozenset(ignored), names or {})
 
     return wrap
 
 
 def open_store() -> ArtifactStore:
-    """Return the store in `COVERCAL_CACHE`, by default the user's cache folder; created when it is not there."""
+    """Return the store in `COVERCAL_CACHE`, by default the user's cache folder; created when it is not there.
+
+    `COVERCAL_REMOTE` is the address of a cache to share, `COVERCAL_REMOTE_WRITE=1` lets this user send to it,
+    `COVERCAL_REMOTE_TIMEOUT` is the seconds one request may take, and `COVERCAL_OFFLINE=1` goes on without it.
+
+    Raises
+    ------
+    RemoteSettingsError
+        When the address is none.
+    """
     place = os.environ.get("COVERCAL_CACHE")
-    return ArtifactStore(Path(place) if place else user_cache_path("covercal")).prepare()
+    return ArtifactStore(Path(place) if place else user_cache_path("covercal"), _remote(os.environ)).prepare()
+
+
+def _remote(environment: Mapping[str, str]) -> "RemoteObjects | None":
+    address = environment.get("COVERCAL_REMOTE")
+    if not address or _is_on(environment, "COVERCAL_OFFLINE"):
+        return None
+    from storage.remote import TIMEOUT_SECONDS, open_remote
+
+    timeout = environment.get("COVERCAL_REMOTE_TIMEOUT", str(TIMEOUT_SECONDS))
+    try:
+        seconds = float(timeout)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise RemoteSettingsError(f"COVERCAL_REMOTE_TIMEOUT {timeout!r} is no number of seconds above 0.")
+    return open_remote(address, writable=_is_on(environment, "COVERCAL_REMOTE_WRITE"), timeout=seconds)
+
+
+def _is_on(environment: Mapping[str, str], name: str) -> bool:
+    value = environment.get(name, "").strip().lower()
+    if value not in ("", "0", "1", "false", "true", "no", "yes"):
+        raise RemoteSettingsError(f"{name} is {value!r}; it is 1 or 0.")
+    return value in ("1", "true", "yes")
 
 
 def key_material(value: Any) -> Any:

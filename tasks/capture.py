@@ -8,7 +8,8 @@ import pyarrow as pa
 
 from covercal.pool import sequences_digest
 from storage.arrays import write_array
-from storage.artifacts import ArtifactStore, Ref
+from storage.artifacts import ArtifactStore
+from storage.manifest import Ref
 from storage.tables import write_table
 from tasks.cached import Build, cached
 from tasks.identities import ModelIdentity
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 CHANNELS = "channels.parquet"
 PEAK = "peak.zarr"
 ENERGY = "energy.zarr"
+FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,12 @@ def pool_shards(store: ArtifactStore, pool: Ref, size: int) -> tuple[Shard, ...]
     )
 
 
-@cached("statistics", version=1, ignored=("imported", "pool", "device"))
+@cached(
+    "statistics",
+    version=1,
+    ignored=("imported", "pool", "device"),
+    names={"sites": "statistics.sites", "skip_tokens": "statistics.skip_tokens", "dtype": "model.dtype"},
+)
 def capture_shard(
     build: Build,
     *,
@@ -73,12 +80,15 @@ def capture_shard(
 
     decoder = original_decoder(build.store, model, imported, dtype, device)
     tokens = sample_tokens(build.store, pool)[shard.start : shard.stop]
+    measured = measured_sites(decoder, sites)
+    numbers = 2 * len(tokens) * sum(site.channels for site in measured)
+    build.store.require_space(FLOAT_BYTES * numbers, f"A statistics shard of {len(tokens)} samples")
     advance = build.progress(len(tokens), "samples")
     names = [str(index) for index in range(shard.start, shard.stop)]
     found = capture(decoder, tokens, names, sites=sites, skip_tokens=skip_tokens, advance=advance)
     write_array(build.folder / PEAK, found.peak)
     write_array(build.folder / ENERGY, found.energy)
-    columns = _site_columns(measured_sites(decoder, sites))
+    columns = _site_columns(measured)
     width = found.absolute_sum.size
     columns |= {
         "absolute_sum": pa.array(found.absolute_sum),

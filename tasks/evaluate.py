@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.arrays import read_array, write_array
-from storage.artifacts import ArtifactStore, Ref
+from storage.artifacts import ArtifactStore
+from storage.manifest import Ref
 from tasks.cached import Build, ByDigest, cached
 from tasks.identities import ModelIdentity
 from tasks.model import original_decoder
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 LOSSES = "losses.zarr"
 HIDDEN = "hidden.zarr"
 SCORES = "scores.json"
+FLOAT_BYTES = 4
 
 
-@cached("reference", version=1, ignored=("imported", "device"))
+@cached("reference", version=1, ignored=("imported", "device"), names={"dtype": "model.dtype"})
 def reference_text(
     build: Build,
     *,
@@ -40,6 +42,9 @@ def reference_text(
 
     decoder = original_decoder(build.store, model, imported, dtype, device)
     sequences = sample_tokens(build.store, texts.ref)
+    width = decoder.sites[0].channels if keep_hidden else 0
+    wanted = FLOAT_BYTES * (width + 1) * sum(s.size for s in sequences)
+    build.store.require_space(wanted, "What the original gives on an evaluation text")
     found = reference_outputs(
         decoder, sequences, keep_hidden=keep_hidden, advance=build.progress(len(sequences), "sequences")
     )
@@ -54,7 +59,7 @@ def reference_text(
     return {"tokens": int(found.losses.size)}
 
 
-@cached("evaluation", version=1, ignored=("imported", "device"))
+@cached("evaluation", version=1, ignored=("imported", "device"), names={"dtype": "model.dtype"})
 def evaluate_text(
     build: Build,
     *,

@@ -9,8 +9,9 @@ from covercal.errors import InputError
 from covercal.model_files import locate_model
 from covercal.pool import source_files
 from covercal.recipe import DivergenceText, Model, PerplexityText, TextSource
-from storage.artifacts import ArtifactStore, Ref
+from storage.artifacts import ArtifactStore
 from storage.keys import FileHashes, content_digest, hash_tagged
+from storage.manifest import Ref
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from covercal.errors import InputError
-from storage.artifacts import ArtifactStore, Ref
+from storage.artifacts import ArtifactStore
+from storage.manifest import Ref
 from tasks.cached import Build, cached
 from tasks.identities import ModelIdentity, model_folder
 
@@ -35,6 +36,8 @@ def import_model(build: Build, *, model: ModelIdentity) -> dict[str, Any]:
             f"{str(cause).splitlines()[0] if str(cause) else type(cause).__name__}; is the file cut short?"
         ) from cause
     advance(1)
+    wanted = sum(p.numel() * p.element_size() for p in loaded.parameters())
+    build.store.require_space(wanted, f"The unpacked model {model.name}")
     del loaded.config.quantization_config
     loaded.hf_quantizer = None
     loaded.config._name_or_path = model.name
@@ -65,7 +68,8 @@ def original_decoder(
         if key not in _loaded:
             _loaded.clear()
             folder = model_folder(store, model, imported)
-            _loaded[key] = load_decoder(folder, dtype, where, trust_remote_code=model.trust_remote_code)
+            trusted = model.trust_remote_code and imported is None  # an artifact never brings code along
+            _loaded[key] = load_decoder(folder, dtype, where, trust_remote_code=trusted)
         return _loaded[key]
 
 

@@ -12,7 +12,8 @@ import pyarrow as pa
 from covercal.errors import InputError
 from covercal.pool import Counts, Sample, pack, read_documents, spread_over_domains, unique_documents, windows
 from covercal.recipe import DivergenceText, PerplexityText
-from storage.artifacts import ArtifactStore, Ref
+from storage.artifacts import ArtifactStore
+from storage.manifest import Ref
 from storage.tables import read_table, write_table
 from tasks.cached import Build, cached
 from tasks.identities import TextIdentity, TokenizerIdentity
@@ -39,7 +40,18 @@ class PerplexitySettings:
     order: str = "as written"
 
 
-@cached("pool", version=1, ignored=("imported",))
+@cached(
+    "pool",
+    version=1,
+    ignored=("imported",),
+    names={
+        "sources": "pool.sources",
+        "lengths": "pool.sequence_length",
+        "packing": "pool.packing",
+        "samples": "pool.samples",
+        "seed": "pool.seed",
+    },
+)
 def make_pool(
     build: Build,
     *,
@@ -70,7 +82,7 @@ def make_pool(
     return asdict(counts)
 
 
-@cached("texts", version=2, ignored=("imported",))
+@cached("texts", version=2, ignored=("imported",), names={"source": "evaluation.text", "settings": "evaluation"})
 def make_texts(
     build: Build,
     *,

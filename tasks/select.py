@@ -7,7 +7,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from covercal.selectors.registry import Evidence, selector
-from storage.artifacts import ArtifactStore, Ref
+from storage.artifacts import ArtifactStore
+from storage.manifest import Ref
 from storage.tables import read_table, write_table
 from tasks.cached import Build, cached
 from tasks.pool import sample_columns
@@ -34,7 +35,11 @@ def selection_inputs(name: str, pool: Ref, outliers: Ref, budget: int, samples: 
     }
 
 
-@cached("selection", version=1)
+@cached(
+    "selection",
+    version=1,
+    names={"selector": "selection.selector", "extent": "selection.budget (ordered)", "seed": "selection.seed"},
+)
 def order_samples(
     build: Build, *, selector: str, pool: Ref, outliers: Ref | None, extent: int, seed: int | None
 ) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import numpy.typing as npt
 
 from covercal.errors import CovercalError
 from storage.arrays import read_array, write_array
-from storage.artifacts import ArtifactStore, Ref
+from storage.artifacts import ArtifactStore
+from storage.manifest import Ref
 from storage.tables import query, read_table, write_table
 from tasks.cached import Build, cached
 from tasks.capture import CHANNELS, PEAK
@@ -42,7 +43,11 @@ OUTLIER_SQL = """
 """
 
 
-@cached("outliers", version=1)
+@cached(
+    "outliers",
+    version=1,
+    names={"rule": "outliers.rule", "k": "outliers.k", "weighting": "outliers.weighting"},
+)
 def find_outliers(build: Build, *, statistics: tuple[Ref, ...], rule: str, k: float, weighting: str) -> dict[str, Any]:
     """Find the outlier channels of a pool and the coverage matrix, bit-packed (samples, ceil(channels / 8))."""
     if (rule, weighting) != ("sigma", "full"):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from covercal.checkpoint import INDEX, RECORD, CheckpointWriter, packed_tensors
+from covercal.checkpoint import INDEX, RECORD, CheckpointWriter, checkpoint_bytes, packed_tensors, tensor_sizes
 from covercal.decoder import DTYPES, Decoder, make_decoder
 from covercal.quantization import QuantizedBlock, QuantizedLinear, dequantized, quantize_blocks, round_parameters
 from covercal.recipe import Dtype, Quantization
@@ -39,8 +39,19 @@ def write(
 ) -> list[QuantizedBlock]:
     folder.mkdir(exist_ok=True)
     blocks = list(quantize_blocks(decoder, samples, settings, storage))
-    CheckpointWriter(folder, decoder, settings, storage).write(blocks, RECORD_VALUE)
+    writer = CheckpointWriter(decoder, settings, storage)
+    for block in blocks:
+        writer.write_block(block, folder)
+    writer.finish(folder, linears_of(blocks), RECORD_VALUE)
     return blocks
+
+
+def linears_of(blocks: list[QuantizedBlock]) -> list[str]:
+    return [linear.name for block in blocks for linear in block.linears]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def in_memory(decoder: Decoder, blocks: list[QuantizedBlock], storage: Dtype) -> PreTrainedModel:
@@ -204,19 +215,61 @@ def test_a_checkpoint_written_twice_has_the_same_bytes(tmp_path: Path) -> None:
     settings = Quantization(method="gptq", bits=4, group_size=16)
     for name in ("first", "second"):
         write(tmp_path / name, make_decoder(tiny_model()), settings, samples=random_tokens(4, 24))
-    first, second = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("first", "second"))
-    assert first == second
+    assert bytes_of(tmp_path / "first") == bytes_of(tmp_path / "second")
 
 
 def test_the_record_is_kept_as_given(folder: Path) -> None:
     assert json.loads((folder / RECORD).read_text(encoding="utf-8")) == RECORD_VALUE
 
 
-def test_the_reports_come_back_in_the_order_of_the_linears(tmp_path: Path) -> None:
+def test_a_block_is_one_file_with_the_name_of_its_place(tmp_path: Path) -> None:
     decoder = make_decoder(tiny_model())
-    blocks = quantize_blocks(decoder, [], rtn(), "bfloat16")
-    reports = CheckpointWriter(tmp_path, decoder, rtn(), "bfloat16").write(blocks, {})
-    assert [r.name for r in reports] == [decoder.full_name(s, name) for s in decoder.sites for name in s.linears]
+    writer = CheckpointWriter(decoder, rtn(), "bfloat16")
+    for block in quantize_blocks(decoder, [], rtn(), "bfloat16"):
+        (tmp_path / str(block.index)).mkdir()
+        writer.write_block(block, tmp_path / str(block.index))
+        assert [p.name for p in (tmp_path / str(block.index)).iterdir()] == [writer.shard_name(block.index)]
+
+
+def test_shards_that_were_written_elsewhere_by_other_writers_give_the_same_bytes(tmp_path: Path) -> None:
+    decoder = make_decoder(tiny_model("qwen2"))
+    blocks = write(tmp_path / "at once", decoder, rtn())
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in parts").mkdir()
+    for block in reversed(blocks):
+        CheckpointWriter(decoder, rtn(), "bfloat16").write_block(block, tmp_path / "elsewhere")
+    for path in (tmp_path / "elsewhere").iterdir():
+        path.rename(tmp_path / "in parts" / path.name)
+    CheckpointWriter(decoder, rtn(), "bfloat16").finish(tmp_path / "in parts", linears_of(blocks), RECORD_VALUE)
+    assert bytes_of(tmp_path / "in parts") == bytes_of(tmp_path / "at once")
+
+
+def test_a_checkpoint_is_not_finished_without_one_of_its_shards(tmp_path: Path) -> None:
+    decoder = make_decoder(tiny_model())
+    writer = CheckpointWriter(decoder, rtn(), "bfloat16")
+    blocks = list(quantize_blocks(decoder, [], rtn(), "bfloat16"))
+    for block in blocks[::2]:
+        writer.write_block(block, tmp_path)
+    with pytest.raises(FileNotFoundError, match=writer.shard_name(1)):
+        writer.finish(tmp_path, linears_of(blocks), RECORD_VALUE)
+    assert not (tmp_path / INDEX).exists()
+
+
+def test_the_sizes_of_a_shards_tensors_are_those_of_the_tensors(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        assert tensor_sizes(path) == {name: tensor.nbytes for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", *TIED])
+@pytest.mark.parametrize(("bits", "group_size", "symmetric", "storage"), GRIDS)
+def test_the_size_of_a_checkpoint_is_known_beforehand(
+    architecture: str, bits: int, group_size: int | None, symmetric: bool, storage: Dtype, tmp_path: Path
+) -> None:
+    decoder = make_decoder(tiny_model(architecture))
+    settings = rtn(bits, group_size, symmetric)
+    write(tmp_path, decoder, settings, storage)
+    total = sum(tensor.nbytes for tensor in tensors_of(tmp_path).values())
+    assert checkpoint_bytes(decoder, settings, storage) == pytest.approx(total, rel=0.03)
 
 
 def test_writing_leaves_the_models_configuration_as_it_was(tmp_path: Path) -> None:

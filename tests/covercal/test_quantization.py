@@ -2,12 +2,15 @@
 
 import copy
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,6 +20,7 @@ from covercal.quantization import (
     LinearReport,
     QuantizedBlock,
     QuantizedLinear,
+    Resumed,
     check_group_size,
     dequantized,
     quantize_blocks,
@@ -302,6 +306,119 @@ def test_rounded_parameters_keep_their_dtype_and_are_representable(storage: Dtyp
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, before[name].to(DTYPES[storage]).float())
+
+
+# --- resuming ------------------------------------------------------------------------------------------------------
+
+
+def comparable(blocks: Sequence[QuantizedBlock]) -> list[tuple[Any, ...]]:
+    """Return all of some blocks, to the bit, but the time that they took."""
+    return [
+        (
+            block.index,
+            [(each.name, *map(bits_of, (each.codes, each.scale, each.zero))) for each in block.linears],
+            [repr(asdict(replace(report, seconds=0))) for report in block.reports],  # NaN is not equal to itself
+            [bits_of(hidden) for hidden in block.leaving],
+        )
+        for block in blocks
+    ]
+
+
+def bits_of(tensor: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+    return tensor.dtype, tensor.shape, tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def through_a_file(hidden: Sequence[Tensor], path: Path) -> tuple[Tensor, ...]:
+    save_file({str(i): each.contiguous() for i, each in enumerate(hidden)}, path)
+    found = load_file(path)
+    return tuple(found[str(i)] for i in range(len(found)))
+
+
+def misaligned(hidden: Sequence[Tensor], path: Path) -> tuple[Tensor, ...]:
+    """Return the same tensors one element past where an allocator would put them."""
+    return tuple(torch.cat([each.new_zeros(1), each.flatten()])[1:].view(each.shape) for each in hidden)
+
+
+@pytest.mark.parametrize("kept", [through_a_file, misaligned])
+@pytest.mark.parametrize("settings", [GPTQ, RTN], ids=["gptq", "rtn"])
+@pytest.mark.parametrize(
+    ("architecture", "storage"), [("llama", "float32"), ("gemma2", "bfloat16"), ("opt", "float16")]
+)
+def test_a_walk_that_is_resumed_at_any_block_gives_the_same_bits(
+    architecture: str, storage: Dtype, settings: Quantization, kept: Any, tmp_path: Path
+) -> None:
+    whole = quantized(tiny_model(architecture), settings, storage)
+    assert len(whole) == BLOCKS
+    for first in range(1, BLOCKS + 1):
+        resumed = Resumed(first, kept(whole[first - 1].leaving, tmp_path / "leaving"))
+        rest = quantize_blocks(make_decoder(tiny_model(architecture)), SAMPLES, settings, storage, resumed)
+        assert comparable(list(rest)) == comparable(whole[first:]), first
+
+
+def test_a_walk_of_a_bfloat16_model_is_resumed_with_the_same_bits(tmp_path: Path) -> None:
+    whole = quantized(tiny_model().to(torch.bfloat16), storage="bfloat16")
+    assert {hidden.dtype for block in whole for hidden in block.leaving} == {torch.bfloat16}
+    for first in range(1, BLOCKS):
+        resumed = Resumed(first, through_a_file(whole[first - 1].leaving, tmp_path / "leaving"))
+        rest = quantize_blocks(make_decoder(tiny_model().to(torch.bfloat16)), SAMPLES, GPTQ, "bfloat16", resumed)
+        assert comparable(list(rest)) == comparable(whole[first:]), first
+
+
+def test_a_walk_can_be_resumed_again_and_again(tmp_path: Path) -> None:
+    whole = quantized(tiny_model())
+    pieces: list[QuantizedBlock] = []
+    resumed = None
+    for index in range(BLOCKS):
+        pieces.append(next(quantize_blocks(make_decoder(tiny_model()), SAMPLES, GPTQ, "float32", resumed)))
+        resumed = Resumed(index + 1, through_a_file(pieces[-1].leaving, tmp_path / "leaving"))
+    assert comparable(pieces) == comparable(whole)
+
+
+def test_what_leaves_a_block_is_what_enters_the_next_behind_the_quantised_prefix() -> None:
+    model = tiny_model("gemma2")
+    blocks = quantized(model)
+    for block in blocks[:-1]:
+        done = [linear for each in blocks[: block.index + 1] for linear in each.linears]
+        entered: list[Tensor] = []
+        behind = replace_linears(model, done)
+        behind.model.layers[block.index + 1].register_forward_pre_hook(
+            lambda _, inputs, seen=entered: seen.append(inputs[0])
+        )
+        with torch.inference_mode():
+            for length in sorted({sample.size for sample in SAMPLES}):
+                ids = np.stack([sample for sample in SAMPLES if sample.size == length]).astype(np.int64)
+                behind(input_ids=torch.from_numpy(ids), use_cache=False)
+        assert len(block.leaving) == len(entered)
+        for found, expected in zip(block.leaving, entered, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_leaves_a_block_is_not_changed_by_the_blocks_after_it() -> None:
+    blocks, then = [], []
+    for block in quantize_blocks(make_decoder(tiny_model()), SAMPLES, GPTQ, "float32"):
+        blocks.append(block)
+        then.append([hidden.clone() for hidden in block.leaving])
+    for block, copies in zip(blocks, then, strict=True):
+        assert all(torch.equal(now, before) for now, before in zip(block.leaving, copies, strict=True))
+
+
+def test_without_calibration_nothing_is_kept_to_resume_with() -> None:
+    assert [block.leaving for block in quantized(tiny_model(), RTN)] == [()] * BLOCKS
+
+
+@pytest.mark.parametrize("samples", [SAMPLES[:-1], SAMPLES[:5]], ids=["fewer samples", "fewer batches"])
+def test_a_walk_is_not_resumed_with_what_left_a_block_on_other_samples(samples: list[np.ndarray]) -> None:
+    resumed = Resumed(1, quantized(tiny_model())[0].leaving)
+    with pytest.raises(ValueError):
+        next(quantize_blocks(make_decoder(tiny_model()), samples, GPTQ, "float32", resumed))
+
+
+def test_the_original_model_is_not_changed_by_a_walk_that_is_resumed() -> None:
+    model = tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    resumed = Resumed(1, quantized(model, storage="bfloat16")[0].leaving)
+    list(quantize_blocks(make_decoder(model), SAMPLES, GPTQ, "bfloat16", resumed))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ def test_cache_verify_names_a_flipped_bit_and_exits_with_1(
     file.write_bytes(data)
     code, out, _ = command("cache", "verify")
     assert code == 1
-    assert f"outliers/{chain.outliers.key}: file outliers.parquet does not match its sha256" in out
+    assert f"outliers/{chain.outliers.key}: file {chain.outliers.short}/outliers.parquet does not match its" in out
 
 
 def test_cache_show_of_an_unknown_key_is_a_sentence(command: Command) -> None:

@@ -139,7 +139,7 @@ def test_twice_the_samples_captures_only_the_new_shards(write_recipe: WriteRecip
 def test_the_plan_names_the_field_that_makes_a_stage_run(write_recipe: WriteRecipe, store: ArtifactStore) -> None:
     path = write_recipe()
     run_here(path, store)
-    assert plan_here(path, store, "outliers.k=3")["outliers"]["reason"] == "k: 2.0 -> 3.0"
+    assert plan_here(path, store, "outliers.k=3")["outliers"]["reason"] == "outliers.k: 2.0 -> 3.0"
     bits = plan_here(path, store, "quantization.bits=3")
     assert bits["nearest"]["reason"] == "quantization.bits: 4 -> 3"
     assert bits["checkpoint"]["reason"] == "quantization.bits: 4 -> 3"
@@ -180,7 +180,7 @@ def test_a_damaged_artifact_is_rebuilt_with_the_reason_named(write_recipe: Write
     assert plan_here(path, store)["outliers"]["decision"] == "rebuild"
     again, rows = run_here(path, store)
     assert rows["outliers"]["decision"] == "rebuilt"
-    assert rows["outliers"]["reason"] == "file outliers.parquet is missing"
+    assert rows["outliers"]["reason"] == f"file outliers/{chain.outliers.key[:12]}/outliers.parquet is missing"
     assert rows["selection"]["decision"] == "hit"
     assert again == chain
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from storage.local import build_lock
+from storage.durable import build_lock
 
 REPOSITORY = Path(__file__).parents[2]
 NOBODY = 65534
@@ -41,11 +41,11 @@ def as_ordinary_user() -> Iterator[None]:
     if os.geteuid() != 0:
         yield
         return
-    os.seteuid(NOBODY)
+    os.setresuid(NOBODY, NOBODY, 0)  # the real user too: access(2), which asks for rights beforehand, asks for that one
     try:
         yield
     finally:
-        os.seteuid(0)
+        os.setresuid(0, 0, 0)
 
 
 def forbid_writing(folder: Path) -> None:

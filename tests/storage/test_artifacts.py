@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from storage.artifacts import MANIFEST, ArtifactStore, Decision, Outcome, Ref, Request
+from storage.artifacts import ArtifactStore
 from storage.errors import MissingArtifactError, StorageError, UnwritableStoreError
 from storage.keys import canonical_json, content_digest
+from storage.local import DAMAGED
+from storage.manifest import MANIFEST, SEAL, Decision, Outcome, Ref, Request, sealed
 from tests.storage.faults import (
     PATIENCE,
     as_ordinary_user,
@@ -51,13 +53,39 @@ def write_one(content: str) -> Callable[[Path], None]:
     return build_one
 
 
+def file(name: str) -> str:
+    """Return how a reason begins that is about a file of the artifact of `REQUEST`."""
+    return f"file statistics/{REQUEST.key[:12]}/{name}"
+
+
+def copy_of(store: ArtifactStore, root: Path) -> ArtifactStore:
+    """Return a store with the same artifacts, of which this process has used none."""
+    shutil.copytree(store.root, root)
+    return ArtifactStore(root)
+
+
+def noted(store: ArtifactStore) -> list[str]:
+    """Return the keys that are noted as in use, once for every time."""
+    return [key for notes in (store.root / "locks" / "in-use").glob("*.keys") for key in notes.read_text().split()]
+
+
+def outside_locks(store: ArtifactStore) -> dict[str, tuple[int, int, int]]:
+    return {name: status for name, status in snapshot(store.root).items() if name.split("/")[0] != "locks"}
+
+
 def folder_of(store: ArtifactStore) -> Path:
     return store.folder(REQUEST.stage, REQUEST.key)
 
 
 def edit_manifest(store: ArtifactStore, **changes: Any) -> None:
+    """Change fields of a manifest and seal it again, as no disk does by itself."""
     path = folder_of(store) / MANIFEST
-    path.write_text(json.dumps({**json.loads(path.read_bytes()), **changes}))
+    path.write_bytes(sealed({**fields_of(path), **changes}))
+
+
+def fields_of(path: Path) -> dict[str, Any]:
+    """Return what a manifest says, without its seal."""
+    return {name: value for name, value in json.loads(path.read_bytes()).items() if name != SEAL}
 
 
 def staged(store: ArtifactStore) -> list[Path]:
@@ -130,19 +158,59 @@ def test_inputs_are_not_part_of_the_key(built: Outcome) -> None:
     assert Request(REQUEST.stage, REQUEST.version, REQUEST.material).key == built.ref.key
 
 
-def test_a_hit_writes_nothing(store: ArtifactStore, built: Outcome) -> None:
+def test_a_hit_writes_nothing_but_that_the_artifact_is_in_use(
+    store: ArtifactStore, built: Outcome, tmp_path: Path
+) -> None:
+    copy = copy_of(store, tmp_path / "copy")
+    before = outside_locks(copy)
+    copy.build_once(REQUEST, must_not_build)
+    copy.path(built.ref)
+    assert outside_locks(copy) == before
+
+
+def test_the_second_hit_of_a_process_writes_nothing_at_all(store: ArtifactStore, built: Outcome) -> None:
     before = snapshot(store.root)
     store.build_once(REQUEST, must_not_build)
     store.path(built.ref)
     assert snapshot(store.root) == before
 
 
-def test_a_store_that_may_only_be_read_still_hits(public_folder: Path) -> None:
-    store = ArtifactStore(public_folder / "cache")
-    store.build_once(REQUEST, build)
-    forbid_writing(store.root)
+def test_a_build_notes_once_that_this_process_uses_its_artifact(store: ArtifactStore, built: Outcome) -> None:
+    assert noted(store) == [built.ref.key]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda store, ref: store.build_once(REQUEST, must_not_build),
+        lambda store, ref: store.path(ref),
+        lambda store, ref: store.manifest(ref),
+        lambda store, ref: store.claim(ref.stage, ref.key),
+    ],
+    ids=["build_once", "path", "manifest", "claim"],
+)
+def test_who_reads_an_artifact_notes_that_it_is_in_use(
+    store: ArtifactStore, built: Outcome, tmp_path: Path, use: Callable[[ArtifactStore, Ref], object]
+) -> None:
+    copy = copy_of(store, tmp_path / "copy")
+    shutil.rmtree(copy.root / "locks")
+    use(copy, built.ref)
+    assert noted(copy) == [built.ref.key]
+
+
+def test_who_only_looks_uses_nothing(store: ArtifactStore, built: Outcome, tmp_path: Path) -> None:
+    copy = copy_of(store, tmp_path / "copy")
+    before = snapshot(copy.root)
+    assert copy.look_up(REQUEST.stage, REQUEST.key).manifest is not None
+    assert [each.ref for each in copy.manifests()] == [built.ref]
+    assert snapshot(copy.root) == before
+
+
+def test_a_store_that_may_only_be_read_still_hits(store: ArtifactStore, built: Outcome, public_folder: Path) -> None:
+    copy = copy_of(store, public_folder / "cache")
+    forbid_writing(copy.root)
     with as_ordinary_user():
-        assert store.prepare().build_once(REQUEST, must_not_build).decision is Decision.HIT
+        assert copy.prepare().build_once(REQUEST, must_not_build).decision is Decision.HIT
 
 
 # the reason of a build
@@ -174,8 +242,109 @@ def test_an_artifact_is_never_compared_with_itself(store: ArtifactStore, built: 
 
 def test_a_reason_can_be_asked_for_without_a_build(store: ArtifactStore, built: Outcome) -> None:
     before = snapshot(store.root)
-    assert store.explain(Request(REQUEST.stage, 5, REQUEST.material)) == "stage version 2 -> 5"
+    assert store.explain(Request(REQUEST.stage, 5, REQUEST.material)) == "statistics stage version 2 -> 5"
     assert snapshot(store.root) == before
+
+
+def of_pool(pool: Ref, by: str, skip: int = 1) -> Request:
+    """Return statistics of a pool, which counts by its `key` or by its `digest`."""
+    return Request("statistics", 2, {"pool": {"stage": "pool", by: getattr(pool, by)}, "skip": skip}, (pool,))
+
+
+def build_pool(store: ArtifactStore, seed: int, version: int = 1) -> Ref:
+    return store.build_once(Request("pool", version, {"seed": seed}), write_one(f"{seed} {version}")).ref
+
+
+@pytest.mark.parametrize("by", ["key", "digest"])
+def test_a_changed_parameter_of_an_upstream_artifact_is_the_reason_of_a_build(store: ArtifactStore, by: str) -> None:
+    store.build_once(of_pool(build_pool(store, 0), by), build)
+    assert store.build_once(of_pool(build_pool(store, 7), by), build).reason == "seed: 0 -> 7"
+
+
+@pytest.mark.parametrize("by", ["key", "digest"])
+def test_a_changed_stage_version_of_an_upstream_artifact_is_the_reason_of_a_build(
+    store: ArtifactStore, by: str
+) -> None:
+    store.build_once(of_pool(build_pool(store, 0), by), build)
+    newer = build_pool(store, 0, version=3)
+    assert store.build_once(of_pool(newer, by), build).reason == "pool stage version 1 -> 3"
+
+
+def test_an_upstream_artifact_that_is_gone_is_told_by_its_key(store: ArtifactStore) -> None:
+    old, new = build_pool(store, 0), build_pool(store, 7)
+    store.build_once(of_pool(old, "key"), build)
+    shutil.rmtree(store.folder("pool", old.key))
+    found = store.build_once(of_pool(new, "key"), build)
+    assert found.reason == f"pool: pool {old.key[:8]} -> pool {new.key[:8]}"
+
+
+def test_what_is_planned_upstream_is_the_reason_of_a_plan(store: ArtifactStore) -> None:
+    store.build_once(of_pool(build_pool(store, 0), "key"), build)
+    pool = Request("pool", 1, {"seed": 7})
+    wanted = of_pool(Ref("pool", pool.key), "key", skip=0)
+    assert store.explain(wanted, {pool.key: pool}) == "seed: 0 -> 7, skip: 1 -> 0"
+
+
+def test_what_nobody_planned_upstream_is_told_by_its_key(store: ArtifactStore) -> None:
+    old = build_pool(store, 0)
+    store.build_once(of_pool(old, "key"), build)
+    assert store.explain(of_pool(UPSTREAM, "key")) == f"pool: pool {old.key[:8]} -> pool aaaaaaaa"
+
+
+def test_explaining_leaves_upstream_artifacts_unused(store: ArtifactStore, tmp_path: Path) -> None:
+    store.build_once(of_pool(build_pool(store, 0), "key"), build)
+    new = build_pool(store, 7)
+    copy = copy_of(store, tmp_path / "copy")
+    before = snapshot(copy.root)
+    copy.explain(of_pool(new, "key"))
+    assert snapshot(copy.root) == before
+
+
+# what a build can go on from
+
+
+def fail_after_work(store: ArtifactStore) -> None:
+    """Begin a build of `REQUEST` that keeps some work and then fails."""
+
+    def fail(folder: Path) -> None:
+        store.work_folder(REQUEST.key).mkdir(parents=True)
+        (store.work_folder(REQUEST.key) / "half").write_text("of it")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        store.build_once(REQUEST, fail)
+
+
+def test_the_work_of_a_build_that_failed_is_kept(store: ArtifactStore) -> None:
+    fail_after_work(store)
+    assert (store.work_folder(REQUEST.key) / "half").read_text() == "of it"
+
+
+def test_the_work_of_a_build_is_gone_once_its_artifact_is_there(store: ArtifactStore) -> None:
+    fail_after_work(store)
+    store.build_once(REQUEST, build)
+    assert list((store.root / "work").iterdir()) == []
+
+
+def test_a_build_leaves_the_work_of_other_builds_alone(store: ArtifactStore) -> None:
+    fail_after_work(store)
+    store.build_once(Request("pool", 1, {}), build)
+    assert (store.work_folder(REQUEST.key) / "half").exists()
+
+
+def test_the_reason_says_where_a_build_went_on(store: ArtifactStore) -> None:
+    found = store.build_once(REQUEST, lambda folder: {**build(folder), "continued": "block 3 of 30"})
+    assert found.reason == "first of its stage; continued at block 3 of 30"
+
+
+def test_more_space_than_is_free_is_refused_before_the_work(store: ArtifactStore) -> None:
+    free = shutil.disk_usage(store.prepare().root).free
+    with pytest.raises(StorageError, match=rf"^The pool needs [\d,]+ MB under {store.root} and [\d,]+ MB are free"):
+        store.require_space(free + 10**12, "The pool")
+
+
+def test_space_that_is_free_is_enough(store: ArtifactStore) -> None:
+    store.prepare().require_space(1, "The pool")
 
 
 # errors of a builder
@@ -210,12 +379,31 @@ def test_nothing_is_committed_when_the_builder_raises(store: ArtifactStore, erro
     assert (list(store.folders()), staged(store)) == ([], [])
 
 
-def test_a_builder_that_writes_a_manifest_of_its_own_is_refused(store: ArtifactStore) -> None:
-    def write_manifest(folder: Path) -> None:
-        (folder / MANIFEST).write_text("{}")
+@pytest.mark.parametrize("name", [MANIFEST, DAMAGED])
+def test_a_builder_that_writes_what_the_store_does_is_refused(store: ArtifactStore, name: str) -> None:
+    def write_it(folder: Path) -> None:
+        (folder / name).write_text("{}")
 
-    with pytest.raises(ValueError, match=MANIFEST):
-        store.build_once(REQUEST, write_manifest)
+    with pytest.raises(ValueError, match=f"a build must not write {name}"):
+        store.build_once(REQUEST, write_it)
+    assert (list(store.folders()), staged(store)) == ([], [])
+
+
+def test_a_builder_that_makes_a_symbolic_link_is_refused(store: ArtifactStore) -> None:
+    with pytest.raises(ValueError, match="link is a symbolic link"):
+        store.build_once(REQUEST, lambda folder: (folder / "link").symlink_to("/etc/hostname"))
+    assert (list(store.folders()), staged(store)) == ([], [])
+
+
+def test_every_file_has_the_permissions_of_a_new_file(store: ArtifactStore, tmp_path: Path) -> None:
+    def build_private(folder: Path) -> None:
+        build(folder)
+        (folder / "values.bin").chmod(0o600)  # as libraries do that write to a temporary file and rename it
+
+    (tmp_path / "new").touch()
+    folder = store.path(store.build_once(REQUEST, build_private).ref)
+    modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
 
 
 def test_info_that_is_not_json_commits_nothing(store: ArtifactStore) -> None:
@@ -237,7 +425,7 @@ def test_a_failed_rebuild_does_not_bring_the_damaged_artifact_back(store: Artifa
     (store.path(built.ref) / "values.bin").unlink()
     with pytest.raises(ZeroDivisionError):
         store.build_once(REQUEST, lambda folder: 1 // 0)
-    assert reason_for_rebuild(store) == "file values.bin is missing"
+    assert reason_for_rebuild(store) == f"{file('values.bin')} is missing"
 
 
 def test_a_build_leaves_nothing_in_staging(store: ArtifactStore, built: Outcome) -> None:
@@ -373,31 +561,43 @@ def damage_manifest_of_another_kind(folder: Path) -> None:
 
 
 def damage_manifest_without_a_field(folder: Path) -> None:
-    value = json.loads((folder / MANIFEST).read_bytes())
+    value = fields_of(folder / MANIFEST)
     del value["digest"]
-    (folder / MANIFEST).write_text(json.dumps(value))
+    (folder / MANIFEST).write_bytes(sealed(value))
+
+
+def damage_manifest_without_a_seal(folder: Path) -> None:
+    value = fields_of(folder / MANIFEST)
+    (folder / MANIFEST).write_text(json.dumps(value, indent=1, sort_keys=True))
+
+
+def damage_manifest_with_another_seal(folder: Path) -> None:
+    value = {**fields_of(folder / MANIFEST), SEAL: "0" * 64}
+    (folder / MANIFEST).write_text(json.dumps(value, indent=1, sort_keys=True))
 
 
 def damage_manifest_of_another_artifact(folder: Path) -> None:
-    value = json.loads((folder / MANIFEST).read_bytes())
-    (folder / MANIFEST).write_text(json.dumps({**value, "key": "c" * 64}))
+    (folder / MANIFEST).write_bytes(sealed({**fields_of(folder / MANIFEST), "key": "c" * 64}))
 
 
+NOT_READABLE = f"{file(MANIFEST)} is not readable"
 DAMAGES = [
-    pytest.param(damage_missing_file, "file values.bin is missing", id="missing file"),
-    pytest.param(damage_missing_folder, "file nested/table.bin is missing", id="missing folder"),
-    pytest.param(damage_cut_file, "file values.bin has 9 bytes, not 10", id="cut file"),
-    pytest.param(damage_emptied_file, "file values.bin has 0 bytes, not 10", id="emptied file"),
-    pytest.param(damage_grown_file, "file values.bin has 11 bytes, not 10", id="grown file"),
-    pytest.param(damage_deleted_manifest, "file MANIFEST.json is missing", id="deleted manifest"),
-    pytest.param(damage_emptied_manifest, "file MANIFEST.json is not readable", id="emptied manifest"),
-    pytest.param(damage_cut_manifest, "file MANIFEST.json is not readable", id="cut manifest"),
-    pytest.param(damage_binary_manifest, "file MANIFEST.json is not readable", id="binary manifest"),
-    pytest.param(damage_manifest_of_another_kind, "file MANIFEST.json is not readable", id="list as manifest"),
-    pytest.param(damage_manifest_without_a_field, "file MANIFEST.json is not readable", id="field missing"),
+    pytest.param(damage_missing_file, f"{file('values.bin')} is missing", id="missing file"),
+    pytest.param(damage_missing_folder, f"{file('nested/table.bin')} is missing", id="missing folder"),
+    pytest.param(damage_cut_file, f"{file('values.bin')} has 9 bytes, not 10", id="cut file"),
+    pytest.param(damage_emptied_file, f"{file('values.bin')} has 0 bytes, not 10", id="emptied file"),
+    pytest.param(damage_grown_file, f"{file('values.bin')} has 11 bytes, not 10", id="grown file"),
+    pytest.param(damage_deleted_manifest, f"{file(MANIFEST)} is missing", id="deleted manifest"),
+    pytest.param(damage_emptied_manifest, NOT_READABLE, id="emptied manifest"),
+    pytest.param(damage_cut_manifest, NOT_READABLE, id="cut manifest"),
+    pytest.param(damage_binary_manifest, NOT_READABLE, id="binary manifest"),
+    pytest.param(damage_manifest_of_another_kind, NOT_READABLE, id="list as manifest"),
+    pytest.param(damage_manifest_without_a_field, NOT_READABLE, id="field missing"),
+    pytest.param(damage_manifest_without_a_seal, NOT_READABLE, id="seal missing"),
+    pytest.param(damage_manifest_with_another_seal, NOT_READABLE, id="seal of something else"),
     pytest.param(
         damage_manifest_of_another_artifact,
-        "file MANIFEST.json belongs to statistics/cccccccccccc",
+        f"{file(MANIFEST)} belongs to statistics/cccccccccccc",
         id="manifest of another artifact",
     ),
 ]
@@ -451,10 +651,10 @@ def test_a_manifest_cut_at_any_byte_is_not_read(store: ArtifactStore, built: Out
     path = folder_of(store) / MANIFEST
     for length in reversed(range(path.stat().st_size)):
         os.truncate(path, length)
-        assert reason_for_rebuild(store).startswith("file MANIFEST.json is not readable"), length
+        assert reason_for_rebuild(store).startswith(NOT_READABLE), length
 
 
-def test_no_flipped_bit_of_a_manifest_crashes_a_look_up(store: ArtifactStore, built: Outcome) -> None:
+def test_no_flipped_bit_of_a_manifest_goes_unnoticed(store: ArtifactStore, built: Outcome) -> None:
     path = folder_of(store) / MANIFEST
     whole = path.read_bytes()
     with path.open("r+b", buffering=0) as stream:
@@ -462,18 +662,34 @@ def test_no_flipped_bit_of_a_manifest_crashes_a_look_up(store: ArtifactStore, bu
             place, byte = bit // 8, whole[bit // 8]
             os.pwrite(stream.fileno(), bytes([byte ^ 1 << bit % 8]), place)
             found = store.look_up(REQUEST.stage, REQUEST.key)
-            assert found.damaged is (found.manifest is None), bit
-            assert found.reason, bit
+            assert (found.manifest, found.damaged) == (None, True), bit
+            assert found.reason.startswith(NOT_READABLE), bit
             os.pwrite(stream.fileno(), bytes([byte]), place)
 
 
-@pytest.mark.parametrize("files", [[], None, {"values.bin": {"size": float("inf")}}, {"a\0": {"size": 1}}])
+@pytest.mark.parametrize(
+    "files",
+    [[], None, {"values.bin": {"size": 10}}, {"values.bin": {"size": "ten", "sha256": "0" * 64}}, {"a\0": {"size": 1}}],
+)
 def test_a_manifest_of_the_wrong_shape_is_a_rebuild(store: ArtifactStore, files: object) -> None:
     store.build_once(REQUEST, build)
     edit_manifest(store, files=files)
     again = store.build_once(REQUEST, build)
     assert again.decision is Decision.REBUILT
-    assert again.reason.startswith("file MANIFEST.json is not readable")
+    assert again.reason.startswith(NOT_READABLE)
+
+
+@pytest.mark.parametrize("name", ["version", "created", "info", "inputs", "libraries", "seconds"])
+def test_a_manifest_that_holds_an_infinity_is_a_rebuild(store: ArtifactStore, built: Outcome, name: str) -> None:
+    path = folder_of(store) / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), name: float("inf")}, indent=1, sort_keys=True))
+    assert store.build_once(REQUEST, build).reason.startswith(NOT_READABLE)
+
+
+def test_a_garbled_manifest_is_no_hindrance_to_explain_another_build(store: ArtifactStore, built: Outcome) -> None:
+    damage_manifest_without_a_seal(folder_of(store))
+    other = store.build_once(Request(REQUEST.stage, REQUEST.version, {"skip": 0}), build)
+    assert (other.decision, other.reason) == (Decision.BUILT, "first of its stage")
 
 
 def test_a_folder_replaced_by_a_file_is_a_rebuild(store: ArtifactStore) -> None:
@@ -482,7 +698,7 @@ def test_a_folder_replaced_by_a_file_is_a_rebuild(store: ArtifactStore) -> None:
     (folder / "nested" / "table.bin").unlink()
     (folder / "nested").rmdir()
     (folder / "nested").touch()
-    assert store.build_once(REQUEST, build).reason == "file nested/table.bin is missing"
+    assert store.build_once(REQUEST, build).reason == f"{file('nested/table.bin')} is missing"
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "nested/../../outside", "..", "nested\\..\\outside"])
@@ -502,14 +718,18 @@ def test_verify_says_what_is_not_in_the_store(store: ArtifactStore) -> None:
     assert store.verify(REQUEST.stage, REQUEST.key) == ["not in the store"]
 
 
-def test_a_flipped_bit_of_the_same_size_is_a_hit(store: ArtifactStore, built: Outcome) -> None:
+def flip_a_bit(store: ArtifactStore) -> None:
     (folder_of(store) / "values.bin").write_bytes(b"0123456788")
+
+
+def test_a_flipped_bit_of_the_same_size_is_a_hit_until_verify_found_it(store: ArtifactStore, built: Outcome) -> None:
+    flip_a_bit(store)
     assert store.build_once(REQUEST, must_not_build).decision is Decision.HIT
 
 
 def test_verify_names_the_file_with_a_flipped_bit(store: ArtifactStore, built: Outcome) -> None:
-    (folder_of(store) / "values.bin").write_bytes(b"0123456788")
-    assert store.verify(REQUEST.stage, REQUEST.key) == ["file values.bin does not match its sha256"]
+    flip_a_bit(store)
+    assert store.verify(REQUEST.stage, REQUEST.key) == [f"{file('values.bin')} does not match its sha256"]
 
 
 def test_verify_names_every_damaged_file(store: ArtifactStore, built: Outcome) -> None:
@@ -520,20 +740,26 @@ def test_verify_names_every_damaged_file(store: ArtifactStore, built: Outcome) -
 
 def test_verify_names_a_file_that_is_not_in_the_manifest(store: ArtifactStore, built: Outcome) -> None:
     (folder_of(store) / "nested" / "stray").touch()
-    assert store.verify(REQUEST.stage, REQUEST.key) == ["file nested/stray is not in the manifest"]
+    assert store.verify(REQUEST.stage, REQUEST.key) == [f"{file('nested/stray')} is not in the manifest"]
+
+
+def test_a_file_that_is_not_in_the_manifest_is_no_reason_to_rebuild(store: ArtifactStore, built: Outcome) -> None:
+    (folder_of(store) / "stray").touch()
+    store.verify(REQUEST.stage, REQUEST.key)
+    assert store.build_once(REQUEST, must_not_build).decision is Decision.HIT
 
 
 @pytest.mark.parametrize("change", [{"material": {"skip": 0}}, {"version": 1}], ids=["material", "version"])
 def test_verify_names_altered_key_material(store: ArtifactStore, built: Outcome, change: dict[str, Any]) -> None:
     edit_manifest(store, **change)
     assert store.verify(REQUEST.stage, REQUEST.key) == [
-        "file MANIFEST.json holds key material that does not give its key"
+        f"{file(MANIFEST)} holds key material that does not give its key"
     ]
 
 
 def test_verify_names_an_altered_digest(store: ArtifactStore, built: Outcome) -> None:
     edit_manifest(store, digest="d" * 64)
-    assert store.verify(REQUEST.stage, REQUEST.key) == ["file MANIFEST.json lists files that do not give its digest"]
+    assert store.verify(REQUEST.stage, REQUEST.key) == [f"{file(MANIFEST)} lists files that do not give its digest"]
 
 
 def test_verify_notices_a_file_and_its_hash_replaced_together(store: ArtifactStore, built: Outcome) -> None:
@@ -541,7 +767,7 @@ def test_verify_notices_a_file_and_its_hash_replaced_together(store: ArtifactSto
     files = store.manifest(built.ref).files
     forged = {"size": 10, "sha256": hashlib.sha256(b"forged....").hexdigest()}
     edit_manifest(store, files={**files, "values.bin": forged})
-    assert store.verify(REQUEST.stage, REQUEST.key) == ["file MANIFEST.json lists files that do not give its digest"]
+    assert store.verify(REQUEST.stage, REQUEST.key) == [f"{file(MANIFEST)} lists files that do not give its digest"]
 
 
 def test_verify_survives_a_manifest_without_a_sha256(store: ArtifactStore) -> None:
@@ -549,27 +775,105 @@ def test_verify_survives_a_manifest_without_a_sha256(store: ArtifactStore) -> No
     path = folder_of(store) / MANIFEST
     path.write_bytes(path.read_bytes().replace(b'"sha256"', b'"sha257"'))
     (fault,) = store.verify(REQUEST.stage, REQUEST.key)
-    assert fault.startswith("file MANIFEST.json is not readable")
+    assert fault.startswith(NOT_READABLE)
 
 
-def test_no_altered_byte_of_what_an_artifact_is_escapes_verify(store: ArtifactStore, built: Outcome) -> None:
-    path = folder_of(store) / MANIFEST
-    whole = path.read_bytes()
-    fields = ("stage", "version", "key", "digest", "material", "files")  # the others tell how it came to be
-    with path.open("r+b", buffering=0) as stream:
-        for place, byte in enumerate(whole):
-            os.pwrite(stream.fileno(), bytes([byte ^ 1]), place)
-            if store.verify(REQUEST.stage, REQUEST.key) == []:
-                altered = json.loads(path.read_bytes())
-                assert [altered[each] for each in fields] == [json.loads(whole)[each] for each in fields], place
-            os.pwrite(stream.fileno(), bytes([byte]), place)
+@pytest.mark.parametrize("size", [0, 1, 7])
+def test_what_came_after_the_end_of_a_manifest_is_noticed(store: ArtifactStore, built: Outcome, size: int) -> None:
+    with (folder_of(store) / MANIFEST).open("ab") as stream:
+        stream.write(b"\n" * size)
+    assert (store.verify(REQUEST.stage, REQUEST.key) == []) is (size == 0)
 
 
-def test_verify_changes_nothing(store: ArtifactStore, built: Outcome) -> None:
-    (folder_of(store) / "values.bin").write_bytes(b"0123456788")
+def test_verify_changes_nothing_of_a_whole_artifact(store: ArtifactStore, built: Outcome) -> None:
     before = snapshot(store.root)
     store.verify(REQUEST.stage, REQUEST.key)
     assert snapshot(store.root) == before
+
+
+def test_verify_adds_nothing_but_its_mark_to_a_damaged_artifact(store: ArtifactStore, built: Outcome) -> None:
+    flip_a_bit(store)
+    before = snapshot(folder_of(store))
+    store.verify(REQUEST.stage, REQUEST.key)
+    after = snapshot(folder_of(store))
+    assert set(after) - set(before) == {DAMAGED}
+    assert {name for name in before if after[name] != before[name]} == {"."}
+
+
+# the mark of verify
+
+
+@pytest.fixture
+def marked(store: ArtifactStore, built: Outcome) -> str:
+    """What verify marked an artifact with whose file has a flipped bit."""
+    flip_a_bit(store)
+    store.verify(REQUEST.stage, REQUEST.key)
+    return f"{file('values.bin')} does not match its sha256 (found by verify)"
+
+
+def test_what_verify_found_is_rebuilt_by_the_next_run_with_the_file_named(store: ArtifactStore, marked: str) -> None:
+    again = store.build_once(REQUEST, build)
+    assert (again.decision, again.reason) == (Decision.REBUILT, marked)
+
+
+def test_what_verify_found_can_no_longer_be_read(store: ArtifactStore, built: Outcome, marked: str) -> None:
+    assert reason_for_rebuild(store) == marked
+    with pytest.raises(MissingArtifactError, match=marked.partition(" (")[0]):
+        store.path(built.ref)
+
+
+def test_what_verify_found_is_well_after_the_rebuild(store: ArtifactStore, built: Outcome, marked: str) -> None:
+    assert store.build_once(REQUEST, build).ref == built.ref
+    assert store.verify(REQUEST.stage, REQUEST.key) == []
+    assert store.build_once(REQUEST, must_not_build).decision is Decision.HIT
+
+
+def test_a_rebuild_that_fails_leaves_what_verify_found(store: ArtifactStore, marked: str) -> None:
+    with pytest.raises(ZeroDivisionError):
+        store.build_once(REQUEST, lambda folder: 1 // 0)
+    assert reason_for_rebuild(store) == marked
+
+
+def test_verify_finds_a_marked_artifact_as_damaged_as_before(store: ArtifactStore, marked: str) -> None:
+    assert store.verify(REQUEST.stage, REQUEST.key) == [f"{file('values.bin')} does not match its sha256"]
+    assert reason_for_rebuild(store) == marked
+
+
+def test_verify_takes_its_mark_away_when_all_is_well_again(store: ArtifactStore, marked: str) -> None:
+    (folder_of(store) / "values.bin").write_bytes(FILES["values.bin"])
+    assert store.verify(REQUEST.stage, REQUEST.key) == []
+    assert not (folder_of(store) / DAMAGED).exists()
+    assert store.build_once(REQUEST, must_not_build).decision is Decision.HIT
+
+
+def test_a_mark_names_every_damaged_file(store: ArtifactStore, built: Outcome) -> None:
+    for name, content in FILES.items():
+        (folder_of(store) / name).write_bytes(bytes(len(content)))
+    store.verify(REQUEST.stage, REQUEST.key)
+    reason = store.build_once(REQUEST, build).reason
+    assert all(f"{file(name)} does not match its sha256" in reason for name in FILES)
+
+
+@pytest.mark.parametrize("change", [{"material": {"skip": 0}}, {"digest": "d" * 64}], ids=["material", "digest"])
+def test_an_altered_manifest_that_verify_found_is_rebuilt(
+    store: ArtifactStore, built: Outcome, change: dict[str, Any]
+) -> None:
+    edit_manifest(store, **change)
+    store.verify(REQUEST.stage, REQUEST.key)
+    again = store.build_once(REQUEST, build)
+    assert (again.decision, again.ref) == (Decision.REBUILT, built.ref)
+    assert again.reason.startswith(file(MANIFEST))
+
+
+def test_who_may_only_read_verifies_and_leaves_no_mark(
+    store: ArtifactStore, built: Outcome, public_folder: Path
+) -> None:
+    flip_a_bit(store)
+    copy = copy_of(store, public_folder / "cache")
+    forbid_writing(copy.root)
+    with as_ordinary_user():
+        assert copy.verify(REQUEST.stage, REQUEST.key) == [f"{file('values.bin')} does not match its sha256"]
+    assert not (folder_of(copy) / DAMAGED).exists()
 
 
 # names
@@ -684,13 +988,35 @@ def test_a_beginning_that_no_key_has_is_not_found(library: ArtifactStore) -> Non
 
 def disk_full(folder: Path) -> None:
     build(folder)
+    (folder / "large").write_bytes(bytes(2_500_000))
     raise OSError(errno.ENOSPC, "No space left on device", str(folder / "values.bin"))
 
 
-def test_a_full_disk_is_an_error_with_its_cause_and_the_free_space(store: ArtifactStore) -> None:
-    with pytest.raises(StorageError, match=r"statistics/\w{12} .*No space left on device \([\d,]+ MB free\)") as found:
+def test_a_full_disk_is_an_error_with_its_cause_and_the_space_that_is_free_and_needed(store: ArtifactStore) -> None:
+    said = r"artifact statistics/\w{12} .*No space left on device \([\d,.]+ MB free; .* more than the 2\.5 MB"
+    with pytest.raises(StorageError, match=said) as found:
         store.build_once(REQUEST, disk_full)
     assert isinstance(found.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("IO Error: Could not write to file: No space left on device"),
+        ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError("[Errno 122] Error writing bytes to file. Detail: [errno 122] Disk quota exceeded"),
+    ],
+    ids=["duckdb", "safetensors", "pyarrow"],
+)
+def test_a_full_disk_that_a_library_tells_in_its_own_way_is_a_storage_error(
+    store: ArtifactStore, error: Exception
+) -> None:
+    def fail(folder: Path) -> None:
+        raise error
+
+    with pytest.raises(StorageError, match="run again when there is room") as found:
+        store.build_once(REQUEST, fail)
+    assert found.value.__cause__ is error
 
 
 def test_a_full_disk_leaves_nothing_behind(store: ArtifactStore) -> None:
@@ -715,13 +1041,14 @@ def test_a_full_disk_during_a_rebuild_leaves_the_damage_named(store: ArtifactSto
     damage_cut_file(folder_of(store))
     with pytest.raises(StorageError):
         store.build_once(REQUEST, disk_full)
-    assert reason_for_rebuild(store) == "file values.bin has 9 bytes, not 10"
+    assert reason_for_rebuild(store) == f"{file('values.bin')} has 9 bytes, not 10"
 
 
 LIMITED_FILE_SIZE = """
 import json, resource, sys
 from pathlib import Path
-from storage.artifacts import ArtifactStore, Request
+from storage.artifacts import ArtifactStore
+from storage.manifest import Request
 from storage.errors import StorageError
 
 store, request = ArtifactStore(Path(sys.argv[1])), Request("pool", 1, {})
@@ -796,7 +1123,8 @@ def test_preparing_a_store_makes_its_folder(tmp_path: Path) -> None:
 BUILD_UNTIL_KILLED = """
 import sys, time
 from pathlib import Path
-from storage.artifacts import ArtifactStore, Request
+from storage.artifacts import ArtifactStore
+from storage.manifest import Request
 
 def build(folder):
     (folder / "file").write_text("half of wha")
@@ -832,7 +1160,8 @@ def test_a_killed_build_does_not_block_the_next(store: ArtifactStore, killed: Re
 FAULT_AT_EVERY_STEP = """
 import errno, json, os, signal, sys
 from pathlib import Path
-from storage.artifacts import ArtifactStore, Request, library_versions
+from storage.artifacts import ArtifactStore
+from storage.manifest import Request, library_versions
 from storage.errors import StorageError
 
 library_versions()  # imports what a build imports, so that the steps are those of the store alone
@@ -963,7 +1292,8 @@ def test_the_next_build_is_whole_after_a_disk_full_at_any_step(full_disks: list[
 ASK_TOGETHER = """
 import json, os, sys, time
 from pathlib import Path
-from storage.artifacts import ArtifactStore, Request
+from storage.artifacts import ArtifactStore
+from storage.manifest import Request
 
 root, meeting, count = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 

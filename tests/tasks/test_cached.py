@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 import tasks
-from covercal.recipe import Quantization
-from storage.artifacts import ArtifactStore, Decision, Ref
+from covercal.recipe import Quantization, Recipe
+from storage.artifacts import ArtifactStore
+from storage.errors import RemoteSettingsError
 from storage.keys import canonical_json
+from storage.manifest import Decision, Ref
 from tasks.cached import Build, ByDigest, Step, cached, key_material, open_store, references
 from tasks.progress import Progress, listening
 
@@ -157,7 +159,9 @@ def test_every_other_input_changes_the_key(changed: Mapping[str, Any]) -> None:
 
 
 def test_a_version_and_a_stage_have_keys_of_their_own() -> None:
-    steps = [Step(stage, version, write_words.build, frozenset()) for stage in ("words", "lines") for version in (1, 2)]
+    steps = [
+        Step(stage, version, write_words.build, frozenset(), {}) for stage in ("words", "lines") for version in (1, 2)
+    ]
     assert len({step.request({"words": ("a",)}).key for step in steps}) == 4
 
 
@@ -194,10 +198,42 @@ def test_where_a_step_runs_is_never_in_its_key(step: Step) -> None:
     assert places <= step.ignored
 
 
+def keyed_inputs(step: Step) -> set[str]:
+    _, *names = inspect.signature(step.build).parameters
+    return set(names) - step.ignored
+
+
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 def test_every_input_of_a_step_but_the_ignored_ones_is_in_its_key(step: Step) -> None:
     _, *names = inspect.signature(step.build).parameters
-    assert set(step.request(dict.fromkeys(names, 1)).material) == set(names) - step.ignored
+    material = step.request({name: name for name in names}).material
+    assert sorted(material.values()) == sorted(keyed_inputs(step))
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_only_what_is_in_a_key_has_a_name_of_its_own(step: Step) -> None:
+    assert set(step.names) <= keyed_inputs(step)
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_the_names_of_inputs_are_those_of_a_recipe(step: Step) -> None:
+    for name in step.names.values():
+        section, *field = name.removesuffix(" (ordered)").split(".")
+        assert section in Recipe.model_fields, name
+        fields = {*Recipe.model_fields[section].annotation.model_fields, "text"}  # of evaluation, any of its texts
+        assert set(field) <= fields, name
+
+
+def test_an_input_stands_in_the_key_under_its_name() -> None:
+    named = Step("words", 1, write_words.build, frozenset({"device"}), {"words": "pool.words"})
+    inputs = {"words": ("a",), "source": REF, "device": "cpu"}
+    assert named.request(inputs).material == {"pool.words": ["a"], "source": {"stage": "pool", "key": KEY}}
+
+
+def test_a_changed_input_is_told_by_its_name(store: ArtifactStore) -> None:
+    named = Step("words", 1, write_words.build, frozenset({"device"}), {"words": "pool.words"})
+    named.run(store, "words", {"words": ("a",)})
+    assert named.run(store, "words", {"words": ("b",)}).reason == "pool.words[0]: a -> b"
 
 
 def test_every_stage_has_one_step() -> None:
@@ -256,6 +292,34 @@ def test_a_build_that_fails_commits_nothing_and_is_built_the_next_time(store: Ar
     assert list((store.root / "staging").iterdir()) == []
 
 
+def test_a_build_finds_what_one_that_failed_has_kept(store: ArtifactStore) -> None:
+    found: list[bool] = []
+
+    def fail_once(build: Build, *, words: str) -> None:
+        found.append((build.work / "kept").exists())
+        build.work.mkdir(parents=True, exist_ok=True)
+        (build.work / "kept").touch()
+        if len(found) == 1:
+            raise ZeroDivisionError
+
+    step = Step("words", 1, fail_once, frozenset(), {})
+    with pytest.raises(ZeroDivisionError):
+        step.run(store, "words", {"words": "a"})
+    step.run(store, "words", {"words": "b"})
+    step.run(store, "words", {"words": "a"})
+    assert found == [False, False, True]
+
+
+def test_what_a_build_keeps_is_gone_once_its_artifact_is_there(store: ArtifactStore) -> None:
+    def keep(build: Build, *, words: str) -> None:
+        build.work.mkdir(parents=True)
+        (build.work / "kept").touch()
+
+    step = Step("words", 1, keep, frozenset(), {})
+    step.run(store, "words", {"words": "a"})
+    assert not store.work_folder(step.request({"words": "a"}).key).exists()
+
+
 def test_a_build_reports_its_progress_under_its_label(store: ArtifactStore) -> None:
     heard: list[Progress] = []
     with listening(heard.append):
@@ -282,3 +346,65 @@ def test_without_a_folder_in_the_environment_the_store_is_in_the_users_cache(
     monkeypatch.delenv("COVERCAL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert open_store().root == tmp_path / "covercal"
+
+
+# --- the remote in the environment ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shared(store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that the environment names as the remote."""
+    for name in ("COVERCAL_REMOTE_WRITE", "COVERCAL_REMOTE_TIMEOUT", "COVERCAL_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    monkeypatch.setenv("COVERCAL_REMOTE", str(folder))
+    return folder
+
+
+def test_without_an_address_in_the_environment_there_is_no_remote(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COVERCAL_REMOTE", raising=False)
+    assert open_store().remote is None
+
+
+def test_the_remote_is_the_address_in_the_environment_and_only_read(shared: Path) -> None:
+    remote = open_store().remote
+    assert remote is not None
+    assert (remote.place, remote.writable) == (str(shared), False)
+
+
+@pytest.mark.parametrize(
+    ("value", "writable"), [("1", True), ("yes", True), ("TRUE ", True), ("0", False), ("", False)]
+)
+def test_the_environment_says_whether_the_remote_is_written(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, value: str, writable: bool
+) -> None:
+    monkeypatch.setenv("COVERCAL_REMOTE_WRITE", value)
+    remote = open_store().remote
+    assert remote is not None
+    assert remote.writable is writable
+
+
+def test_offline_there_is_no_remote(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COVERCAL_OFFLINE", "1")
+    assert open_store().remote is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("COVERCAL_REMOTE_WRITE", "maybe"), ("COVERCAL_OFFLINE", "2"), ("COVERCAL_REMOTE_TIMEOUT", "a minute")],
+)
+def test_a_setting_of_the_remote_that_is_none_is_refused_by_its_name(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RemoteSettingsError, match=f"{name}.* {value!r}"):
+        open_store()
+
+
+def test_a_remote_folder_that_is_not_there_is_refused(shared: Path) -> None:
+    shared.rmdir()
+    with pytest.raises(RemoteSettingsError, match=f"{shared} is not there"):
+        open_store()

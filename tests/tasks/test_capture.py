@@ -11,7 +11,8 @@ from covercal.decoder import Decoder, load_decoder
 from covercal.recipe import Model, TextSource
 from covercal.statistics import ActivationStatistics, capture
 from storage.arrays import read_array
-from storage.artifacts import ArtifactStore, Decision, Outcome, Ref
+from storage.artifacts import ArtifactStore
+from storage.manifest import Decision, Outcome, Ref
 from storage.tables import read_table
 from tasks.capture import CHANNELS, ENERGY, PEAK, Shard, capture_shard, pool_shards
 from tasks.identities import ModelIdentity, TokenizerIdentity, identify_model, identify_text

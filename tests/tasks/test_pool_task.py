@@ -11,7 +11,8 @@ import pytest
 from covercal.errors import InputError
 from covercal.pool import Counts, pack, sequences_digest, unique_documents
 from covercal.recipe import DivergenceText, Model, PerplexityText, TextSource
-from storage.artifacts import ArtifactStore, Decision, Outcome, Ref
+from storage.artifacts import ArtifactStore
+from storage.manifest import Decision, Outcome, Ref
 from storage.tables import read_table
 from tasks.capture import pool_shards
 from tasks.identities import TokenizerIdentity, identify_model, identify_text

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from covercal.recipe import Model, TextSource
 from covercal.selectors.registry import SELECTORS
-from storage.artifacts import ArtifactStore, Outcome, Ref
+from storage.artifacts import ArtifactStore
+from storage.manifest import Outcome, Ref
 from storage.tables import read_table
 from tasks.cached import Build
 from tasks.capture import capture_shard, pool_shards
@@ -137,7 +138,7 @@ def test_a_random_order_reads_no_outliers(world: World) -> None:
 def test_a_coverage_order_lists_pool_and_outliers_as_its_inputs(world: World) -> None:
     manifest = world.store.manifest(world.select("coverage").ref)
     assert manifest.inputs == [asdict(world.pool), asdict(world.outliers(4.0))]
-    assert manifest.material["seed"] is None
+    assert manifest.material["selection.seed"] is None
 
 
 # --- orders --------------------------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def test_two_runs_make_the_same_bytes(world: World, tmp_path: Path, selector: st
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()
-        order_samples.build(Build(folder, world.store, "selection"), **inputs)
+        order_samples.build(Build(folder, world.store, "selection", tmp_path / "work"), **inputs)
     assert (first / ORDER).read_bytes() == (second / ORDER).read_bytes()
 
 

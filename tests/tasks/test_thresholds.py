@@ -14,7 +14,8 @@ from covercal.decoder import make_decoder
 from covercal.errors import CovercalError
 from covercal.recipe import Model, TextSource
 from storage.arrays import write_array
-from storage.artifacts import ArtifactStore, Outcome, Ref, Request
+from storage.artifacts import ArtifactStore
+from storage.manifest import Outcome, Ref, Request
 from storage.tables import read_table, write_table
 from tasks.capture import CHANNELS, PEAK, capture_shard, pool_shards
 from tasks.identities import TokenizerIdentity, identify_model, identify_text

@@ -1,0 +1,117 @@
+"""Which artifacts living processes use, so that nothing is deleted under a running build."""
+
+import errno
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from storage.durable import SHARED_MODE
+from storage.errors import StorageError
+
+READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+POLL_SECONDS = 0.001  # the gate is held for microseconds
+_of_process: dict[tuple[int, Path], "Claims"] = {}
+_opening = threading.Lock()
+
+
+class Claims:
+    """The artifacts that this process uses of one store.
+
+    A process notes a key before it looks the artifact up, and holds a lock on its notes as long as it lives; the
+    kernel frees the lock when it dies. Who deletes holds the gate, in which no key can be noted, reads the notes of
+    the living and spares what they name.
+
+    Parameters
+    ----------
+    root
+        The cache folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folder = root / "locks" / "in-use"
+        self._gate = root / "locks" / "in-use.lock"
+        self._name = f"{os.getpid()}-{uuid.uuid4().hex}"
+        self._held: FileLock | None = None
+        self._keys: set[str] = set()
+        self._lock = threading.Lock()
+
+    def claim(self, key: str) -> None:
+        """Note that this process uses an artifact; does nothing in a store that is not there or not to be written.
+
+        Who may only read a store cannot keep its owner from deleting.
+        """
+        with self._lock:
+            if key in self._keys or not self._root.is_dir():
+                return
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with self._passing():
+                    if self._held is None:
+                        held = FileLock(self._folder / f"{self._name}.lock", mode=SHARED_MODE, thread_local=False)
+                        held.acquire()
+                        self._held = held
+                    with (self._folder / f"{self._name}.keys").open("a", encoding="ascii") as notes:
+                        notes.write(f"{key}\n")
+            except OSError as cause:
+                if cause.errno in READ_ONLY:
+                    return
+                raise StorageError(
+                    f"Cannot note in {self._folder} what is in use: {cause.strerror or cause}."
+                ) from cause
+            self._keys.add(key)
+
+    @contextmanager
+    def removing(self) -> Iterator[frozenset[str]]:
+        """Hold the gate and yield every key that some living process uses; notes of the dead are deleted."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with self._passing():
+            yield frozenset(key for notes in sorted(self._folder.glob("*.keys")) for key in self._living(notes))
+
+    @contextmanager
+    def removing_as_only_user(self, key: str) -> Iterator[bool]:
+        """Hold the gate and yield whether no other living process uses `key`."""
+        with self._lock:
+            mine = self._folder / f"{self._name}.keys"
+            with self._passing():
+                others = (notes for notes in sorted(self._folder.glob("*.keys")) if notes != mine)
+                yield all(key not in self._living(notes) for notes in others)
+
+    def _living(self, notes: Path) -> set[str]:
+        lock = FileLock(notes.with_suffix(".lock"), mode=SHARED_MODE, thread_local=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return set(notes.read_text(encoding="ascii").split())
+        lock.release()
+        notes.unlink(missing_ok=True)
+        notes.with_suffix(".lock").unlink(missing_ok=True)
+        return set()
+
+    @contextmanager
+    def _passing(self) -> Iterator[None]:
+        with FileLock(self._gate, mode=SHARED_MODE, thread_local=False, poll_interval=POLL_SECONDS):
+            yield
+
+
+def claims_of(root: Path) -> Claims:
+    """Return the claims of this process on one store; a forked child has its own."""
+    with _opening:
+        name = (os.getpid(), root)
+        if name not in _of_process:
+            _of_process[name] = Claims(root)
+        return _of_process[name]
+
+
+def last_change(path: Path) -> float:
+    """Return when anything in a folder changed last, in seconds since the epoch; now, if it is just vanishing."""
+    try:
+        return max((each.stat().st_mtime for each in (path, *path.rglob("*"))), default=time.time())
+    except FileNotFoundError:
+        return time.time()
