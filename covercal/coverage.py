@@ -13,7 +13,66 @@ Int64 = npt.NDArray[np.int64]
 FIXED_POINT_BITS = 62  # the whole weight fills 62 bits of an int64: nine bits finer than a float64 sum
 RESOLUTION_BITS = 54  # when what is uncovered falls below this, the grid is made finer
 TRANSPOSE_ROWS = 1024
+STRIP_ROWS = 2048
 SPARSE_SHARE = 0.12  # below this share of ones an index list is faster than a masked pass
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBits:
+    """A coverage matrix of one bit an entry, as numpy.packbits packs rows.
+
+    Attributes
+    ----------
+    bits
+        uint8 (samples, ceil(channels / 8)).
+    channels
+        Columns of the matrix.
+    """
+
+    bits: npt.NDArray[np.uint8]
+    channels: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (samples, channels)."""
+        return len(self.bits), self.channels
+
+    def __getitem__(self, sample: int) -> Bools:
+        return np.unpackbits(self.bits[sample], count=self.channels).view(bool)
+
+    def unpacked(self) -> BoolMatrix:
+        """Return the bool matrix, eight times as large."""
+        return np.unpackbits(self.bits, axis=1, count=self.channels).view(bool)
+
+    def share(self) -> float:
+        """Return the share of ones."""
+        ones = int(np.bitwise_count(self.bits).sum(dtype=np.int64))
+        return ones / max(1, len(self.bits) * self.channels)
+
+    def by_channel(self) -> tuple[npt.NDArray[np.int32], Int64]:
+        """Return the samples that fire each channel, channel after channel, and where each channel's list begins."""
+        from scipy.sparse import csr_array
+
+        columns, counts = [], [np.zeros(1, dtype=np.int64)]
+        for start in range(0, len(self.bits), STRIP_ROWS):
+            rows, found = self._strip(start)
+            columns.append(found)
+            counts.append(np.bincount(rows, minlength=min(STRIP_ROWS, len(self.bits) - start)))
+        indices = np.concatenate(columns) if columns else np.zeros(0, dtype=np.int32)
+        del columns
+        ends = np.cumsum(np.concatenate(counts))
+        matrix = csr_array((np.ones(indices.size, dtype=np.int8), indices, ends), shape=self.shape).tocsc()
+        return matrix.indices, matrix.indptr.astype(np.int64)
+
+    def _strip(self, start: int) -> tuple[Int64, npt.NDArray[np.int32]]:
+        """Return row and column of every one in a strip of rows, sorted by row."""
+        strip = self.bits[start : start + STRIP_ROWS]
+        bytes_there = np.flatnonzero(strip)
+        values = strip.reshape(-1)[bytes_there]
+        places = np.concatenate([bytes_there[values & (128 >> bit) != 0] * 8 + bit for bit in range(8)])
+        rows, columns = np.divmod(places, 8 * strip.shape[1])
+        order = np.argsort(rows, kind="stable")
+        return rows[order], columns[order].astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +94,7 @@ class Cover:
     rounds: Int64
 
 
-def greedy_cover(coverage: BoolMatrix, weights: Floats, budget: int) -> Cover:
+def greedy_cover(coverage: BoolMatrix | PackedBits, weights: Floats, budget: int) -> Cover:
     """Choose samples one by one, each time the one that newly covers the most weight.
 
     Ties go to the lowest index. When no sample is left that gains anything, all channels count as uncovered
@@ -44,7 +103,7 @@ def greedy_cover(coverage: BoolMatrix, weights: Floats, budget: int) -> Cover:
     Parameters
     ----------
     coverage
-        bool (samples, channels): sample fires channel.
+        bool (samples, channels): sample fires channel; packed bits where that would not fit into memory.
     weights
         (channels,), finite and not negative.
     budget
@@ -72,7 +131,7 @@ def greedy_cover(coverage: BoolMatrix, weights: Floats, budget: int) -> Cover:
     channels = _Channels(coverage)
     left = np.ones(coverage.shape[0], dtype=bool)
     uncovered = np.ones(coverage.shape[1], dtype=bool)
-    firing = coverage.sum(axis=0)  # samples left that fire each channel
+    firing = channels.fires.copy()  # samples left that fire each channel
     whole = firing > 0
     fixed, gain = channels.gains(weights, whole, left)
     whole_fixed, whole_gain = fixed, gain.copy()  # every round begins with these, while each channel has a sample left
@@ -114,6 +173,64 @@ def greedy_cover(coverage: BoolMatrix, weights: Floats, budget: int) -> Cover:
     )
 
 
+def greedy_soft_cover(coverage: BoolMatrix | PackedBits, weights: Floats, budget: int) -> tuple[Int64, Floats]:
+    """Choose samples one by one to maximise the sum over channels of w * log(1 + chosen samples that fire it).
+
+    A channel's n-th sample adds w * log((n + 1) / n): the objective is monotone and submodular, greedy comes within
+    1 - 1/e of the best choice, and there are no rounds. Ties go to the lowest index.
+
+    Parameters
+    ----------
+    coverage
+        bool (samples, channels): sample fires channel.
+    weights
+        (channels,), finite and not negative.
+    budget
+        Samples to choose, at most all of them.
+
+    Returns
+    -------
+    order
+        int64 (budget,), sample indices as chosen.
+    gains
+        float64 (budget,), what each added to the objective.
+
+    Raises
+    ------
+    ValueError
+        When shapes do not match, a weight is negative or not finite, or the budget does not fit.
+
+    Notes
+    -----
+    Integers as in `greedy_cover`, on a grid of 2**-62 of what all channels' first samples are worth together: what a
+    chosen sample's channels lose is subtracted from every sample that fires them. A sample whose channels are all
+    lighter than that grid counts as one that fires nothing.
+    """
+    coverage, weights = _checked(coverage, weights, budget)
+    channels = _Channels(coverage)
+    worth = weights * math.log(2)  # what one more sample adds, by channel
+    chosen = np.zeros(coverage.shape[1], dtype=np.int64)
+    exponent = FIXED_POINT_BITS - math.frexp(math.fsum(worth))[1]
+    fixed = np.rint(np.ldexp(worth, exponent)).astype(np.int64)
+    lost = -fixed
+    gain = np.zeros(coverage.shape[0], dtype=np.int64)
+    channels.subtract(gain, lost, np.flatnonzero(fixed))
+    order = np.empty(budget, dtype=np.int64)
+    gains = np.empty(budget, dtype=np.float64)
+    for rank in range(budget):
+        best = int(np.argmax(gain))
+        fired = np.flatnonzero(coverage[best])
+        order[rank], gains[rank] = best, math.fsum(worth[fired])
+        chosen[fired] += 1
+        worth[fired] = weights[fired] * np.log1p(1 / (chosen[fired] + 1))
+        now = np.rint(np.ldexp(worth[fired], exponent)).astype(np.int64)
+        lost[fired] = fixed[fired] - now
+        fixed[fired] = now
+        channels.subtract(gain, lost, fired[lost[fired] > 0])
+        gain[best] = -1
+    return order, gains
+
+
 def covered_channels(coverage: BoolMatrix, chosen: Int64) -> Bools:
     """Return bool (channels,): which channels at least one chosen sample fires."""
     return np.asarray(coverage[chosen].any(axis=0))
@@ -139,10 +256,13 @@ def _log_choose(n: int, k: int) -> float:
     return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
-def _checked(coverage: BoolMatrix, weights: Floats, budget: int) -> tuple[BoolMatrix, Floats]:
-    coverage = np.ascontiguousarray(coverage, dtype=bool)
+def _checked(coverage: BoolMatrix | PackedBits, weights: Floats, budget: int) -> tuple[BoolMatrix | PackedBits, Floats]:
+    if isinstance(coverage, PackedBits):
+        coverage = coverage if coverage.share() < SPARSE_SHARE else coverage.unpacked()
+    else:
+        coverage = np.ascontiguousarray(coverage, dtype=bool)
     weights = np.asarray(weights, dtype=np.float64)
-    if coverage.ndim != 2 or weights.shape != coverage.shape[1:]:
+    if len(coverage.shape) != 2 or weights.shape != coverage.shape[1:]:
         raise ValueError(
             f"coverage {coverage.shape} and weights {weights.shape} must be (samples, channels) and (channels,)"
         )
@@ -160,15 +280,20 @@ def _checked(coverage: BoolMatrix, weights: Floats, budget: int) -> tuple[BoolMa
 class _Channels:
     """The coverage matrix by channel: index lists where ones are rare, dense rows elsewhere."""
 
-    def __init__(self, coverage: BoolMatrix) -> None:
+    def __init__(self, coverage: BoolMatrix | PackedBits) -> None:
         self.samples, self.count = coverage.shape
+        if isinstance(coverage, PackedBits):
+            self._rows, begins = coverage.by_channel()
+            self.fires = np.diff(begins)
+            self._sparse = np.ones(self.count, dtype=bool)
+            self._starts, self._ends = begins[:-1], begins[1:]
+            return
         turned = _transposed(coverage)
-        fires = turned.sum(axis=1)
-        self._sparse = fires < SPARSE_SHARE * self.samples
-        _, rows = np.divmod(np.flatnonzero(turned[self._sparse]), max(self.samples, 1))
-        self._rows = rows
-        self._ends = np.cumsum(np.where(self._sparse, fires, 0))
-        self._starts = self._ends - np.where(self._sparse, fires, 0)
+        self.fires = turned.sum(axis=1)
+        self._sparse = self.fires < SPARSE_SHARE * self.samples
+        _, self._rows = np.divmod(np.flatnonzero(turned[self._sparse]), max(self.samples, 1))
+        self._ends = np.cumsum(np.where(self._sparse, self.fires, 0))
+        self._starts = self._ends - np.where(self._sparse, self.fires, 0)
         self._dense = turned.view(np.int8)
 
     def subtract(self, gain: Int64, fixed: Int64, channels: Int64) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from covercal.errors import InputError
+from covercal.model_files import check_shards
 from covercal.recipe import Dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -123,8 +124,13 @@ def load_decoder(folder: Path, dtype: Dtype, device: torch.device, *, trust_remo
     InputError
         When it is not a decoder whose blocks are made of linears.
     """
+    check_shards(folder)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, local_files_only=True
+        folder,
+        dtype=DTYPES[dtype],
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
+        use_safetensors=True,  # never a pickle
     )
     return make_decoder(model.to(device))
 

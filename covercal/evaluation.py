@@ -71,6 +71,20 @@ def reference_outputs(
 
 
 @torch.inference_mode()
+def mean_losses(
+    decoder: Decoder, sequences: Sequence[Tokens], *, advance: Callable[[int], None] = lambda n: None
+) -> npt.NDArray[np.float64]:
+    """Return the mean negative log-likelihood per predicted token of every sequence, (sequences,), in nats."""
+    found = np.empty(len(sequences), dtype=np.float64)
+    for index, sequence in enumerate(sequences):
+        tokens = token_tensor([sequence], decoder.device)
+        losses = np.concatenate(list(_losses(decoder, final_hidden(decoder, tokens), tokens)))
+        found[index] = losses.mean(dtype=np.float64)
+        advance(1)
+    return found
+
+
+@torch.inference_mode()
 def score(
     quantized: Decoder,
     original: Decoder,

@@ -109,7 +109,7 @@ def _folder(folder: Path, name: str, own_code: bool) -> ModelFiles:
     _check_decoder(files)
     for each in weights:
         _check_safetensors(each)
-    _check_shards(folder)
+    check_shards(folder)
     return files
 
 
@@ -137,11 +137,13 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_shards(folder: Path) -> None:
-    """Raise when the index of a sharded model names a file that is not there."""
+def check_shards(folder: Path) -> None:
+    """Raise when the index of a sharded model names what is no safetensors file of its folder, or is not there."""
     index = folder / INDEX
     if index.is_file():
         for name in sorted(set(_json_object(index).get("weight_map", {}).values())):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise InputError(f"The index {index} names {name!r}, which is no safetensors file of that folder.")
             if not (folder / name).is_file():
                 raise InputError(f"{folder} lacks {name}, which {INDEX} names; fetch the file.")
 

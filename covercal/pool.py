@@ -213,7 +213,7 @@ def _hub_rows(source: TextSource) -> Iterator[Mapping[str, Any]]:
             revision=source.revision,
             streaming=source.rows is not None,
         )
-    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as cause:
+    except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as cause:
         line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise InputError(f"Data set {source.hub!r} cannot be loaded: {line}") from cause
 

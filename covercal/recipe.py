@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from covercal.errors import InputError
 from covercal.quantizers.registry import METHODS
 from covercal.selectors.registry import SELECTORS
+from covercal.thresholds import RULES, WEIGHTINGS
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -103,9 +104,26 @@ class Statistics(Section):
 class Outliers(Section):
     """Which channels are outlier channels, and what each weighs."""
 
-    rule: Literal["sigma"] = "sigma"
-    k: float = Field(6.0, gt=0, description="threshold = mean + k standard deviations of |x| at the site")
-    weighting: Literal["full"] = "full"
+    rule: Annotated[str, one_of(dict.fromkeys(RULES), "threshold rule")] = Field(
+        "sigma",
+        description="sigma: mean + k standard deviations of |x| over a site's tokens; of the samples' peaks there, "
+        "mad: median + k (scaled) median absolute deviations, median: k times the median, quantile: the k quantile; "
+        "absolute: k",
+    )
+    k: float = Field(6.0, gt=0)
+    weighting: Annotated[str, one_of(WEIGHTINGS, "weighting")] = "full"
+    adaptive: bool = Field(False, description="quantise, lower the threshold where the error is large, choose again")
+    adaptive_k: float = Field(4.0, gt=0, description="the lower k")
+
+    @model_validator(mode="after")
+    def _k_fits_rule(self) -> Self:
+        for name in ("k", "adaptive_k") if self.adaptive else ("k",):
+            value = getattr(self, name)
+            if self.rule == "quantile" and not value < 1:
+                raise ValueError(f"outliers.{name} is {value:g}; with `rule: quantile` it is a share such as 0.999")
+        if self.adaptive and not self.adaptive_k < self.k:
+            raise ValueError(f"outliers.adaptive_k ({self.adaptive_k:g}) must be lower than outliers.k ({self.k:g})")
+        return self
 
 
 class Selection(Section):
@@ -114,6 +132,19 @@ class Selection(Section):
     selector: Annotated[str, one_of(SELECTORS, "selector")] = "coverage"
     budget: int = Field(64, ge=1, description="samples to choose")
     seed: int = Field(0, ge=0)
+    samples: tuple[int, ...] = Field((), description="with `selector: given`: numbers of samples, the best first")
+
+    @model_validator(mode="after")
+    def _samples_are_given(self) -> Self:
+        if (self.selector == "given") != bool(self.samples):
+            raise ValueError("selection.samples lists the samples of `selector: given`, and of no other")
+        if self.samples and self.budget > len(self.samples):
+            raise ValueError(
+                f"selection.budget ({self.budget}) is larger than the {len(self.samples)} samples of selection.samples"
+            )
+        if len(set(self.samples)) < len(self.samples):
+            raise ValueError("selection.samples names a sample twice")
+        return self
 
 
 class Quantization(Section):
@@ -170,6 +201,20 @@ class Recipe(Section):
     selection: Selection = Selection()
     quantization: Quantization = Quantization()
     evaluation: Evaluation = Evaluation()
+    sweep: dict[str, tuple[Any, ...]] = Field(
+        {}, description="fields and the values each takes in turn: selection.budget: [8, 32]; `covercal sweep` runs all"
+    )
+
+    @model_validator(mode="after")
+    def _sweep_is_a_grid(self) -> Self:
+        for name, values in self.sweep.items():
+            if not values:
+                raise ValueError(f"sweep.{name} is an empty list; give the values it takes")
+            if name.split(".", 1)[0] not in type(self).model_fields or "." not in name or name.startswith("sweep."):
+                raise ValueError(
+                    f"sweep.{name} names no field of a recipe; write section.field, as in selection.budget"
+                )
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -178,6 +223,13 @@ class Recipe(Section):
                 f"selection.budget ({self.selection.budget}) is larger than pool.samples ({self.pool.samples}); "
                 f"a budget of at most {self.pool.samples} can be chosen"
             )
+        if self.outliers.adaptive and not METHODS[self.quantization.method].calibrated:
+            raise ValueError(
+                f"outliers.adaptive needs the errors of a calibrated method; {self.quantization.method} has none"
+            )
+        beyond = [each for each in self.selection.samples if not 0 <= each < self.pool.samples]
+        if beyond:
+            raise ValueError(f"selection.samples names sample {beyond[0]}; the pool has 0 to {self.pool.samples - 1}")
         if self.statistics.skip_tokens >= min(self.pool.lengths):
             raise ValueError(
                 f"statistics.skip_tokens ({self.statistics.skip_tokens}) leaves nothing of "
@@ -225,6 +277,18 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, name: str = "recipe") -
         lines = [_sentence(dict(each)) for each in _first_hand(error.errors())]
         raise InputError(f"Recipe {name}: " + "; ".join(lines)) from None
     return _absolute(recipe, folder)
+
+
+def with_fields(recipe: Recipe, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe as plain JSON with some fields (`section.field`) set, and without its sweep."""
+    value = recipe.model_dump(mode="json", exclude={"sweep"})
+    for name, wanted in fields.items():
+        here = value
+        *sections, last = name.split(".")
+        for each in sections:
+            here = here[int(each)] if isinstance(here, list) else here.setdefault(each, {})
+        here[int(last) if isinstance(here, list) else last] = wanted
+    return value
 
 
 def _override(value: dict[str, Any], assignment: str) -> None:

@@ -13,6 +13,8 @@ from covercal.errors import ActivationError
 
 BATCH_TOKENS = 1024  # keeps a batch's activations near the processor's caches; a GPU takes more at once
 GPU_BATCH_TOKENS = 16384
+SKETCH_WIDTH = 64  # as COLA's random projection
+SKETCH_SEED = 0  # one projection for all pools: sketches of two pools compare
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,11 @@ class ActivationStatistics:
         float32 (samples, channels of all sites): max over tokens of |x|.
     energy
         float32 (samples, channels of all sites): mean over tokens of x**2, the sample's Gram diagonal.
+    variance, magnitude
+        float32 (samples, sites): variance of x, and mean of |x|, over all tokens and channels.
+    sketch
+        float32 (samples, 64): the mean token of each block (its first site), scaled to length 1, all blocks joined
+        and projected at random. Inner products keep those of the whole up to a few percent (Johnson-Lindenstrauss).
     absolute_sum, square_sum
         float64 (channels of all sites,): sums of |x| and x**2 over all samples and tokens.
     tokens
@@ -33,6 +40,9 @@ class ActivationStatistics:
 
     peak: npt.NDArray[np.float32]
     energy: npt.NDArray[np.float32]
+    variance: npt.NDArray[np.float32]
+    magnitude: npt.NDArray[np.float32]
+    sketch: npt.NDArray[np.float32]
     absolute_sum: npt.NDArray[np.float64]
     square_sum: npt.NDArray[np.float64]
     tokens: int
@@ -80,6 +90,9 @@ def capture(
     width = int(ends[-1])
     peak = np.empty((len(sequences), width), dtype=np.float32)
     energy = np.empty((len(sequences), width), dtype=np.float32)
+    variance = np.empty((len(sequences), len(measured)), dtype=np.float32)
+    magnitude = np.empty_like(variance)
+    sketch = np.zeros((len(sequences), SKETCH_WIDTH), dtype=np.float32)
     absolute = np.zeros(width, dtype=np.float64)
     square = np.zeros(width, dtype=np.float64)
     tokens = 0
@@ -88,14 +101,31 @@ def capture(
         batch = token_tensor([sequences[m] for m in members], decoder.device)
         counted = batch.shape[1] - skip_tokens
         reduced = _reduce_batch(decoder, measured, batch, skip_tokens)
-        peak[members], absolute_batch, square_batch = (part.cpu().numpy() for part in reduced)
+        peak[members], absolute_batch, square_batch, signed = (part.cpu().numpy() for part in reduced)
         _check_finite(square_batch, measured, ends, [names[m] for m in members])
         energy[members] = square_batch / counted
+        for position, (site, end) in enumerate(zip(measured, ends, strict=True)):
+            columns = slice(end - site.channels, end)
+            mean, power = (part[:, columns].mean(axis=1, dtype=np.float64) / counted for part in (signed, square_batch))
+            variance[members, position] = power - mean**2
+            magnitude[members, position] = absolute_batch[:, columns].mean(axis=1, dtype=np.float64) / counted
+            if site.order == 0:
+                sketch[members] += _projected(signed[:, columns], site.block)
         absolute += absolute_batch.sum(axis=0, dtype=np.float64)
         square += square_batch.sum(axis=0, dtype=np.float64)
         tokens += counted * len(members)
         advance(len(members))
-    return ActivationStatistics(peak, energy, absolute, square, tokens)
+    return ActivationStatistics(peak, energy, variance, magnitude, sketch, absolute, square, tokens)
+
+
+def _projected(sums: npt.NDArray[np.float32], block: int) -> npt.NDArray[np.float32]:
+    """Return the directions of (samples, channels) projected by a Gaussian matrix of this block, (samples, 64)."""
+    generator = np.random.default_rng([SKETCH_SEED, block])
+    gaussian = generator.standard_normal((sums.shape[1], SKETCH_WIDTH), dtype=np.float32) / np.sqrt(SKETCH_WIDTH)
+    lengths = np.linalg.norm(sums.astype(np.float64), axis=1, keepdims=True)
+    directions = np.divide(sums, lengths, out=np.zeros(sums.shape), where=lengths > 0)
+    projected: npt.NDArray[np.float32] = (directions @ gaussian).astype(np.float32)
+    return projected
 
 
 def column_norms(decoder: Decoder, sites: str = "linear_inputs") -> npt.NDArray[np.float32]:
@@ -107,11 +137,9 @@ def column_norms(decoder: Decoder, sites: str = "linear_inputs") -> npt.NDArray[
     return np.concatenate(norms)
 
 
-def _reduce_batch(
-    decoder: Decoder, sites: Sequence[Site], batch: Tensor, skip_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return peak, sum of |x| and sum of x**2 over the counted tokens, each float32 (samples, channels)."""
-    parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+def _reduce_batch(decoder: Decoder, sites: Sequence[Site], batch: Tensor, skip_tokens: int) -> tuple[Tensor, ...]:
+    """Return peak and sums of |x|, x**2 and x over the counted tokens, each float32 (samples, channels)."""
+    parts: dict[int, tuple[Tensor, ...]] = {}
     hooks = []
     for position, site in enumerate(sites):
         hook = _reducer(parts, position, batch.shape, skip_tokens)
@@ -122,20 +150,20 @@ def _reduce_batch(
         for each in hooks:
             each.remove()
     columns = zip(*(parts[position] for position in range(len(sites))), strict=True)
-    peak, absolute, square = (torch.cat(column, dim=1) for column in columns)
-    return peak, absolute, square
+    return tuple(torch.cat(column, dim=1) for column in columns)
 
 
 def _reducer(
-    parts: dict[int, tuple[Tensor, Tensor, Tensor]], position: int, shape: torch.Size, skip_tokens: int
+    parts: dict[int, tuple[Tensor, ...]], position: int, shape: torch.Size, skip_tokens: int
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     samples, length = shape
 
     def reduce(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].reshape(samples, length, -1)[:, skip_tokens:]
         magnitude = x.abs().float()
-        peak, absolute = magnitude.amax(dim=1), magnitude.sum(dim=1)
-        parts[position] = peak, absolute, magnitude.square_().sum(dim=1)  # in place: five times faster than a norm
+        peak, absolute, signed = magnitude.amax(dim=1), magnitude.sum(dim=1), x.sum(dim=1, dtype=torch.float32)
+        square = magnitude.square_().sum(dim=1)  # in place: five times faster than a norm
+        parts[position] = peak, absolute, square, signed
 
     return reduce
 

@@ -104,21 +104,27 @@ def _show_manifest(console: Console, manifest: Manifest, folder: str) -> None:
 
 
 def _grow(
-    tree: Tree, keys: Sequence[str], graph: Mapping[str, Sequence[str]], known: Mapping[str, Ref], here: set[str]
+    tree: Tree,
+    keys: Sequence[str],
+    graph: Mapping[str, Sequence[str]],
+    known: Mapping[str, Ref],
+    here: set[str],
+    trail: frozenset[str] = frozenset(),
 ) -> None:
     """Add artifacts to a tree, each with its own inputs (or readers); many of one stage share one branch."""
     stages = list(dict.fromkeys(known[key].stage for key in keys))
     for stage in stages:
-        mine = list(dict.fromkeys(key for key in keys if known[key].stage == stage))
+        mine = list(dict.fromkeys(key for key in keys if known[key].stage == stage and key not in trail))
+        deeper = trail | frozenset(mine)
         if len(mine) < MANY:
             for key in mine:
                 gone = "" if key in here else " (no longer here)"
-                _grow(tree.add(known[key].short + gone), graph.get(key, []), graph, known, here)
-        else:
+                _grow(tree.add(known[key].short + gone), graph.get(key, []), graph, known, here, deeper)
+        elif mine:
             lost = len([key for key in mine if key not in here])
             note = f", {lost} no longer here" if lost else ""
             branch = tree.add(f"{stage} x {len(mine)}: {mine[0][:SHORT_KEY]} … {mine[-1][:SHORT_KEY]}{note}")
-            _grow(branch, [each for key in mine for each in graph.get(key, [])], graph, known, here)
+            _grow(branch, [each for key in mine for each in graph.get(key, [])], graph, known, here, deeper)
 
 
 @cache.command("verify")

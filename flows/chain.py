@@ -6,9 +6,11 @@ from typing import Any
 from covercal.errors import InputError
 from covercal.quantizers.registry import METHODS
 from covercal.recipe import Quantization, Recipe
+from covercal.selectors.registry import selector
 from flows.execution import Execution, Pending
 from storage.artifacts import ArtifactStore
 from storage.manifest import Ref
+from storage.tables import read_table
 from tasks.cached import ByDigest
 from tasks.capture import capture_shard, pool_shards
 from tasks.evaluate import evaluate_text, reference_text
@@ -20,11 +22,13 @@ from tasks.identities import (
     identify_model,
     identify_text,
 )
+from tasks.losses import sample_losses
+from tasks.measures import measure_set
 from tasks.model import import_model
 from tasks.pool import PerplexitySettings, make_pool, make_texts, text_settings
-from tasks.quantize import calibration, quantize_model
+from tasks.quantize import LINEARS, calibration, quantize_model
 from tasks.select import chosen_samples, order_samples, selection_inputs
-from tasks.thresholds import find_outliers
+from tasks.thresholds import find_outliers, poor_sites
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +65,12 @@ class EvaluatedText:
 class Chain:
     """The artifacts of a run; in a plan some are pending."""
 
+    imported: Any
     pool: Any
+    statistics: Any
     outliers: Any
     selection: Any
+    measures: Any
     checkpoint: Any
     nearest: Any
     texts: tuple[EvaluatedText, ...]
@@ -86,7 +93,7 @@ def identify(recipe: Recipe, store: ArtifactStore) -> Inputs:
 
 
 def run_chain(recipe: Recipe, inputs: Inputs, execution: Execution, *, until: str = "evaluation") -> Chain:
-    """Go through the chain; `until="selection"` ends there."""
+    """Go through the chain; `until` ends it at `outliers` or `selection`."""
     model = inputs.model
     imported = execution.run("model", import_model, model=model) if model.gguf else None
     place = {"model": model, "imported": imported, "dtype": recipe.model.dtype, "device": recipe.device}
@@ -102,17 +109,38 @@ def run_chain(recipe: Recipe, inputs: Inputs, execution: Execution, *, until: st
         samples=recipe.pool.samples,
         seed=recipe.pool.seed,
     )
-    texts = () if until == "selection" else _texts(recipe, inputs, execution, tokenizer, imported)
-    statistics = _statistics(recipe, execution, pool, place)
-    outliers = execution.run("outliers", find_outliers, statistics=statistics, **recipe.outliers.model_dump())
-    selection = _selection(recipe, execution, pool, outliers)
+    texts = () if until != "evaluation" else _texts(recipe, inputs, execution, tokenizer, imported)
+    shards = execution.read("pool", pool_shards, pool, recipe.statistics.shard_samples)
+    measured = Measured(
+        pool,
+        _statistics(recipe, execution, pool, shards, place),
+        _losses(recipe, execution, pool, shards, place),
+    )
+    if until == "outliers":
+        outliers = _outliers(recipe, execution, measured, "outliers", ())
+        return Chain(imported, pool, measured.statistics, outliers, None, None, None, None, ())
+    outliers, selection = _choice(recipe, execution, measured, ("outliers", "selection"), ())
+    if recipe.outliers.adaptive:
+        first = _checkpoint(recipe, execution, pool, selection, place, inputs, "first try")
+        lowered = execution.read("first try", _poor_sites, outliers, first)
+        outliers, selection = _choice(recipe, execution, measured, ("refined", "reselection"), lowered)
+    measures = _measures(recipe, execution, measured, outliers, selection)
     if until == "selection":
-        return Chain(pool, outliers, selection, None, None, ())
+        return Chain(imported, pool, measured.statistics, outliers, selection, measures, None, None, ())
     references = _references(recipe, execution, texts, place)
     nearest = _nearest(recipe, execution, place, inputs) if texts else None
     checkpoint = _checkpoint(recipe, execution, pool, selection, place, inputs)
     evaluated = _evaluations(recipe, inputs, execution, texts, references, (nearest, checkpoint), place)
-    return Chain(pool, outliers, selection, checkpoint, nearest, evaluated)
+    return Chain(imported, pool, measured.statistics, outliers, selection, measures, checkpoint, nearest, evaluated)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The pool and what was measured of it; in a plan some of it is pending."""
+
+    pool: Any
+    statistics: Any
+    losses: Any
 
 
 def _texts(recipe: Recipe, inputs: Inputs, execution: Execution, tokenizer: TokenizerIdentity, imported: Any) -> Any:
@@ -126,24 +154,60 @@ def _texts(recipe: Recipe, inputs: Inputs, execution: Execution, tokenizer: Toke
     return execution.map("texts", make_texts, wanted)
 
 
-def _statistics(recipe: Recipe, execution: Execution, pool: Any, place: dict[str, Any]) -> Any:
-    settings = recipe.statistics
-    shards = execution.read("pool", pool_shards, pool, settings.shard_samples)
+def _statistics(recipe: Recipe, execution: Execution, pool: Any, shards: Any, place: dict[str, Any]) -> Any:
     if isinstance(shards, Pending):
         return execution.map("statistics", capture_shard, shards)
+    settings = recipe.statistics
     common = {**place, "pool": pool, "sites": settings.sites, "skip_tokens": settings.skip_tokens}
     return execution.map("statistics", capture_shard, [{**common, "shard": shard} for shard in shards])
 
 
-def _selection(recipe: Recipe, execution: Execution, pool: Any, outliers: Any) -> Any:
-    wanted = recipe.selection
-    if isinstance(pool, Pending) or isinstance(outliers, Pending):
-        return execution.run("selection", order_samples, pool=pool, outliers=outliers)
+def _losses(recipe: Recipe, execution: Execution, pool: Any, shards: Any, place: dict[str, Any]) -> Any:
+    if "losses" not in selector(recipe.selection.selector).reads:
+        return ()
+    if isinstance(shards, Pending):
+        return execution.map("losses", sample_losses, shards)
+    return execution.map("losses", sample_losses, [{**place, "pool": pool, "shard": shard} for shard in shards])
+
+
+def _choice(
+    recipe: Recipe, execution: Execution, measured: Measured, labels: tuple[str, str], lowered: Any
+) -> tuple[Any, Any]:
+    """Find outlier channels and order the samples; `lowered` are sites that a first round reconstructed poorly."""
+    outliers = _outliers(recipe, execution, measured, labels[0], lowered)
+    parts = {"pool": measured.pool, "outliers": outliers, "statistics": measured.statistics, "losses": measured.losses}
+    if any(isinstance(part, Pending) for part in parts.values()):
+        return outliers, execution.run(labels[1], order_samples, **parts)
+    inputs = selection_inputs(recipe.selection, recipe.pool.samples, **parts)
+    return outliers, execution.run(labels[1], order_samples, **inputs)
+
+
+def _outliers(recipe: Recipe, execution: Execution, measured: Measured, label: str, lowered: Any) -> Any:
+    settings = recipe.outliers
     return execution.run(
-        "selection",
-        order_samples,
-        **selection_inputs(wanted.selector, pool, outliers, wanted.budget, recipe.pool.samples, wanted.seed),
+        label,
+        find_outliers,
+        statistics=measured.statistics,
+        rule=settings.rule,
+        k=settings.k,
+        weighting=settings.weighting,
+        lowered=lowered,
+        lowered_k=None if lowered == () else settings.adaptive_k,
     )
+
+
+def _measures(recipe: Recipe, execution: Execution, measured: Measured, outliers: Any, selection: Any) -> Any:
+    chosen = execution.read("selection", _chosen, selection, recipe.selection.budget)
+    parts = {"pool": measured.pool, "outliers": outliers, "statistics": measured.statistics, "samples": chosen}
+    return execution.run("measures", measure_set, **parts)
+
+
+def _chosen(store: ArtifactStore, selection: Ref, budget: int) -> tuple[int, ...]:
+    return tuple(chosen_samples(store, selection, budget).tolist())
+
+
+def _poor_sites(store: ArtifactStore, outliers: Ref, checkpoint: Ref) -> tuple[int, ...]:
+    return poor_sites(store, outliers, read_table(store.path(checkpoint) / LINEARS).to_pylist())
 
 
 def _references(recipe: Recipe, execution: Execution, texts: tuple[Any, ...], place: dict[str, Any]) -> Any:
@@ -183,14 +247,20 @@ def without_calibration(settings: Quantization) -> Quantization:
 
 
 def _checkpoint(
-    recipe: Recipe, execution: Execution, pool: Any, selection: Any, place: dict[str, Any], inputs: Inputs
+    recipe: Recipe,
+    execution: Execution,
+    pool: Any,
+    selection: Any,
+    place: dict[str, Any],
+    inputs: Inputs,
+    label: str = "checkpoint",
 ) -> Any:
     settings = _settings(recipe, inputs.model)
     if not METHODS[settings.method].calibrated:
         plain = without_calibration(settings)
-        return execution.run("checkpoint", quantize_model, **place, pool=None, calibration=None, quantization=plain)
-    chosen = execution.read("selection", _calibration, pool, selection, recipe.selection.budget)
-    return execution.run("checkpoint", quantize_model, **place, pool=pool, calibration=chosen, quantization=settings)
+        return execution.run(label, quantize_model, **place, pool=None, calibration=None, quantization=plain)
+    chosen = execution.read(label, _calibration, pool, selection, recipe.selection.budget)
+    return execution.run(label, quantize_model, **place, pool=pool, calibration=chosen, quantization=settings)
 
 
 def _calibration(store: ArtifactStore, pool: Ref, selection: Ref, budget: int) -> Any:
@@ -243,7 +313,8 @@ def check_inputs(recipe: Recipe, inputs: Inputs, folder: Any) -> None:
     from covercal.quantization import check_group_size
 
     pick_device(recipe.device)
-    linears = describe_linears(folder, trust_remote_code=inputs.model.trust_remote_code)
+    trusted = inputs.model.trust_remote_code and not inputs.model.gguf
+    linears = describe_linears(folder, trust_remote_code=trusted)
     try:
         check_group_size(linears, recipe.quantization.group_size)
     except QuantizationError as cause:

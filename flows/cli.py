@@ -1,4 +1,4 @@
-"""The command line: `covercal run | plan | select | demo | cache`."""
+"""The command line: `covercal run | plan | select | sweep | audit | demo | cache`."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
     rows = show_plan(typed, the_store(offline=offline), console)
     if as_json:
         print_json({"stages": rows})
-    left = sum(row["decision"] not in ("hit", "built", "rebuilt") for row in rows)
+    left = sum(row["decision"] not in ("hit", "built", "rebuilt", "pulled") for row in rows)
     console.print(f"{left} of {len(rows)} stages to do", highlight=False)
     console.print(f"Next         {_command('run', recipe, overrides)}", soft_wrap=True, highlight=False)
 
@@ -119,6 +119,79 @@ def select(
         )
     else:
         console.print(f"Next         covercal select {recipe} --output chosen.jsonl", highlight=False)
+
+
+@app.command()
+def sweep(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Write sweep.json and sweep.png into this folder.")] = None,
+    as_json: AsJson = False,
+    offline: Offline = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run the grid in the recipe's `sweep:`; shared stages once, one table, one plot. A failing cell loses no other."""
+    from covercal.recipe import load_recipe
+    from flows.run import execute_sweep
+    from flows.sweep import rows, sweep_table, write_sweep
+
+    console = new_console(as_json)
+    typed = load_recipe(recipe, overrides or [])
+    if not typed.sweep:
+        raise InputError(f"Recipe {recipe} has no `sweep:`; add one, such as sweep: {{selection.budget: [8, 32]}}.")
+    store = the_store(offline=offline)
+    command = _header(console, "sweep", recipe, overrides)
+    results, record = execute_sweep(typed, store, console, command=command, verbose=verbose)
+    written = write_sweep(output or store.root / "sweeps" / record.stem, typed, results)
+    failed = [each for each in results if each.error]
+    console.print()
+    console.print(sweep_table(rows(results)))
+    for each in written:
+        console.print(f"Written      {each}", soft_wrap=True, highlight=False)
+    console.print(f"Record       {record}", soft_wrap=True, highlight=False)
+    if as_json:
+        print_json(json.loads(written[0].read_text(encoding="utf-8")))
+    if failed:
+        raise CovercalError(
+            f"{len(failed)} of {len(results)} cells failed; the first: {failed[0].error.splitlines()[0]}"
+        )
+
+
+@app.command()
+def audit(
+    recipe: RecipePath,
+    calibration: Annotated[Path, typer.Option(help="Your calibration texts: JSONL, Parquet, text, or a folder.")],
+    text: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
+    domain: Annotated[str | None, typer.Option(help="Field that holds the domain.")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    offline: Offline = False,
+) -> None:
+    """Say how well your own calibration set covers the pool's outlier channels, what it misses, and what would help."""
+    from covercal.recipe import load_recipe
+    from flows.audit import audit as audit_flow
+    from flows.audit import audit_lines, calibration_source, help_table, missed_table
+    from flows.display import Display
+    from flows.execution import Recorder
+    from flows.summary import stage_rows
+    from tasks.progress import listening
+
+    console = new_console(as_json)
+    typed = load_recipe(recipe, overrides or [])
+    source = calibration_source(calibration, text, domain)
+    _header(console, "audit", recipe, overrides)
+    with Display(typed, console) as display, listening(display.progress):
+        recorder = Recorder(display.start, display.event)
+        found = audit_flow(typed, source, the_store(offline=offline), recorder)
+    if as_json:
+        print_json({"stages": stage_rows(recorder.events), "audit": found})
+    for line in audit_lines(found):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    for name, table in (("heaviest_missed", missed_table(found)), ("would_help", help_table(found))):
+        if found[name]:
+            console.print()
+            console.print(table)
+    console.print(f"Next         covercal select {recipe} --output chosen.jsonl", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -17,7 +17,14 @@ from tasks.progress import Progress
 
 PLANNED_WORDS = {"hit": "cached", "build": "to do", "rebuild": "to rebuild", "waits": "to do", "pull": "to pull"}
 RUN_WORDS = {"hit": "cached", "built": "built", "waited": "built elsewhere", "pulled": "pulled", "rebuilt": "rebuilt"}
-NEW_WORDS = {"statistics": "captured"}
+RULE_WORDS = {
+    "sigma": "mean + {k:g} sigma",
+    "mad": "median + {k:g} MAD",
+    "median": "{k:g} medians",
+    "quantile": "quantile {k:g}",
+    "absolute": "{k:g}",
+}
+NEW_WORDS = {"statistics": "captured", "measured": "captured"}
 
 
 @dataclass(slots=True)
@@ -48,8 +55,15 @@ def row_details(recipe: Recipe) -> dict[str, str]:
         "pool": f"{recipe.pool.samples} samples x {size} tokens",
         "texts": f"{texts} evaluation text{'s' * (texts != 1)}, tokenised",
         "statistics": f"activations at {recipe.statistics.sites.replace('_', ' ')}",
-        "outliers": f"channels above mean + {outliers.k:g} sigma",
+        "losses": "how well the original predicts each sample",
+        "outliers": f"channels above {RULE_WORDS[outliers.rule].format(k=outliers.k)}",
+        "refined": f"the same, {outliers.adaptive_k:g} where the first try went wrong",
+        "reselection": f"{selection.selector}, {selection.budget} of {recipe.pool.samples}",
+        "first try": grid_name(recipe),
         "selection": f"{selection.selector}, {selection.budget} of {recipe.pool.samples}",
+        "calibration": "your calibration set",
+        "measured": f"its activations at {recipe.statistics.sites.replace('_', ' ')}",
+        "measures": "coverage, likeness, distance from the pool",
         "reference": "original model on the evaluation texts",
         "nearest": grid_name(recipe, "rtn"),
         "checkpoint": grid_name(recipe),
@@ -63,11 +77,11 @@ def finished_detail(row: Row) -> str:
     if row.label == "pool" and "domains" in info:
         dropped = f", {info['duplicates']} duplicates dropped" if info.get("duplicates") else ""
         return f"{row.detail}, {len(info['domains'])} domains{dropped}"
-    if row.label == "outliers" and "outliers" in info:
+    if row.label in ("outliers", "refined") and "outliers" in info:
         return f"{row.detail}: {info['outliers']:,} of {info['channels']:,}"
     if row.label == "model" and "dequantised_from" in info:
         return f"{row.detail}, dequantised {info['dequantised_from']}"
-    if row.label == "statistics" and "channels" in info:
+    if row.label in NEW_WORDS and "channels" in info:
         return f"{row.detail}: {info['channels']:,} channels"
     if info.get("grown_damping"):
         return f"{row.detail}; damping had to grow in {len(info['grown_damping'])} linears"

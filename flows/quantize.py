@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,23 @@ from covercal.recipe import parse_recipe
 from flows.chain import identify, run_chain
 from flows.execution import Recorder, Tracked
 from flows.summary import run_name, selection_lines, stage_rows, summarize
+from flows.sweep import CellResult, Tell, cells, found_words, run_cells
 from tasks.cached import open_store
 
+_teller: ContextVar[Tell | None] = ContextVar("teller", default=None)
 _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
 @contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
-    """Let flows of this context tell their events to `recorder`."""
+def recording(recorder: Recorder, tell: Tell | None = None) -> Iterator[None]:
+    """Let flows of this context tell their events to `recorder`, and a sweep its finished cells to `tell`."""
     token = _recorder.set(recorder)
+    teller = _teller.set(tell)
     try:
         yield
     finally:
         _recorder.reset(token)
+        _teller.reset(teller)
 
 
 def _flow_run_name() -> str:
@@ -58,6 +63,28 @@ def quantize(recipe: dict[str, Any], until: str = "evaluation") -> dict[str, Any
     summary = summarize(typed, chain, store)
     create_markdown_artifact(_markdown(summary, recorder), key="summary", description="Verdict and cache decisions")
     return summary
+
+
+@flow(
+    name="sweep",
+    task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]  # as above
+    persist_result=False,
+)
+def sweep(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run every cell of a recipe's sweep; what cells share is computed once, and a failing cell loses no other."""
+    typed = parse_recipe(recipe, Path("/"))
+    store = open_store()
+    recorder = _recorder.get() or Recorder()
+    tell = _teller.get() or (lambda number, cell, result: None)
+    results = list(run_cells(cells(typed), store, lambda cell: Tracked(store, recorder), tell))
+    lines = ["| cell | divergence |", "|---|---:|"]
+    lines += [f"| {_cell_name(each)} | {found_words(each)} |" for each in results]
+    create_markdown_artifact("\n".join(lines), key="sweep", description="One line for each cell")
+    return [asdict(each) for each in results]
+
+
+def _cell_name(result: CellResult) -> str:
+    return ", ".join(f"{name} {value}" for name, value in result.fields.items())
 
 
 def _markdown(summary: dict[str, Any], recorder: Recorder) -> str:

@@ -4,7 +4,7 @@ import os
 import time
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from flows.chain import Chain, Inputs, check_inputs, identify, run_chain
 from flows.display import Display
 from flows.execution import Direct, Event, Planned, Recorder
 from flows.summary import stage_rows, summarize
+from flows.sweep import Cell, CellResult, Tell, cells, found_words, run_cells
 from storage.artifacts import ArtifactStore
 from storage.durable import make_writable_folder
 from storage.runs import RunRecord, StageRecord, new_run_name, write_run
@@ -92,6 +93,11 @@ def execute(
     made = ("built", "rebuilt", "pulled", "waited")
     cached = all(event.decision in ("hit", *made) for event in planned.events)
     built = {event.key: event for event in planned.events if event.decision in made}
+    built |= {  # what decided what else is to do was pulled meanwhile
+        event.key: replace(event, decision="pulled", reason=f"from{event.reason.removeprefix('in')}")
+        for event in planned.events
+        if event.decision == "pull" and store.look_up(event.stage, event.key).manifest is not None
+    }
     with Display(recipe, console) as display, listening(display.progress):
         recorder = Recorder(display.start, display.event, built)
         try:
@@ -107,6 +113,65 @@ def execute(
             raise
     record = _write(store, recipe, command, when, started, "completed", recorder.events, summary, None)
     return Finished(summary, stage_rows(recorder.events), record, time.monotonic() - started)
+
+
+def execute_sweep(
+    recipe: Recipe, store: ArtifactStore, console: Console, *, command: str, verbose: bool = False
+) -> tuple[list[CellResult], Path]:
+    """Run every cell of a recipe's sweep; return what each found, and the run record.
+
+    With no Prefect server configured, a sweep that the store can answer is answered from it.
+    """
+    started, when = time.monotonic(), datetime.now(UTC)
+    wanted = cells(recipe)
+    store.send_unsent()
+    planned = Recorder()
+    for cell in wanted:
+        run_chain(cell.recipe, identify(cell.recipe, store), Planned(store, planned))
+    to_do = {event.key for event in planned.events if event.decision not in ("hit", "built", "rebuilt", "pulled")}
+    console.print(f"{len(wanted)} cells, {len(to_do)} artifacts or more to make", highlight=False)
+    recorder = Recorder()
+    clock = time.monotonic()
+
+    def tell(number: int, cell: Cell, result: CellResult) -> None:
+        nonlocal clock
+        took, clock = time.monotonic() - clock, time.monotonic()
+        clocked = f"{int(took // 60)}:{int(took % 60):02d}"
+        line = f"  {number:>3}/{len(wanted)}  {cell.name:<56} {found_words(result)}   {clocked}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    results: list[CellResult] = []
+    error: BaseException | None = None
+    try:
+        if to_do or configured_server():
+            results = _sweep_flow(recipe, recorder, tell, console, verbose=verbose)
+        else:
+            results = list(run_cells(wanted, store, lambda cell: Direct(store, recorder), tell))
+    except BaseException as cause:  # Ctrl-C too: the record says how the sweep ended
+        error = cause
+        raise
+    finally:
+        failed = [each for each in results if each.error]
+        state = "completed" if error is None and not failed else "failed"
+        summary = {"cells": len(results), "failed": len(failed)}
+        record = _write(store, recipe, command, when, started, state, recorder.events, summary, error)
+    return results, record
+
+
+def _sweep_flow(
+    recipe: Recipe,
+    recorder: Recorder,
+    tell: Tell,
+    console: Console,
+    *,
+    verbose: bool,
+) -> list[CellResult]:
+    _prepare_prefect(console, verbose=verbose)
+    from flows.quantize import recording, sweep
+
+    with recording(recorder, tell):
+        found: list[dict[str, Any]] = sweep(recipe.model_dump(mode="json"))
+    return [CellResult(**each) for each in found]
 
 
 def _replay(events: Sequence[Event], recorder: Recorder) -> None:
@@ -129,6 +194,15 @@ def _check_model(recipe: Recipe, inputs: Inputs, store: ArtifactStore, display: 
 
 
 def _run_flow(recipe: Recipe, recorder: Recorder, console: Console, until: str, *, verbose: bool) -> dict[str, Any]:
+    _prepare_prefect(console, verbose=verbose)
+    from flows.quantize import quantize, recording
+
+    with recording(recorder):
+        summary: dict[str, Any] = quantize(recipe.model_dump(mode="json"), until)
+    return summary
+
+
+def _prepare_prefect(console: Console, *, verbose: bool) -> None:
     for name, value in PREFECT_SETTINGS.items():
         os.environ.setdefault(name, value)
     if not configured_server():
@@ -136,11 +210,6 @@ def _run_flow(recipe: Recipe, recorder: Recorder, console: Console, until: str, 
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
-    from flows.quantize import quantize, recording
-
-    with recording(recorder):
-        summary: dict[str, Any] = quantize(recipe.model_dump(mode="json"), until)
-    return summary
 
 
 def _write(

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from covercal.coverage import covered_channels, expected_random_coverage
 from covercal.recipe import Recipe
 from flows.chain import Chain
 from flows.execution import WORST_FIRST, Event
@@ -15,10 +14,9 @@ from storage.artifacts import ArtifactStore
 from storage.manifest import Ref
 from storage.tables import read_table
 from tasks.evaluate import read_scores
-from tasks.pool import sample_columns
+from tasks.measures import read_measures
 from tasks.quantize import LINEARS
 from tasks.select import chosen_samples
-from tasks.thresholds import coverage_matrix
 
 
 def stage_rows(events: Sequence[Event]) -> list[dict[str, Any]]:
@@ -45,24 +43,12 @@ def stage_rows(events: Sequence[Event]) -> list[dict[str, Any]]:
 
 def selection_summary(recipe: Recipe, chain: Chain, store: ArtifactStore) -> dict[str, Any]:
     """Return who was chosen and what the choice covers, beside what random choice of that size covers on average."""
-    budget = recipe.selection.budget
-    chosen = chosen_samples(store, chain.selection, budget)
-    coverage, weights = coverage_matrix(store, chain.outliers)
-    covered = covered_channels(coverage, chosen)
-    random_share, random_weight = expected_random_coverage(coverage, weights, budget)
-    total = float(weights.sum())
-    domains = sample_columns(store, chain.pool, "domain")["domain"]
-    chosen_domains = [domains[s] for s in chosen]
+    chosen = chosen_samples(store, chain.selection, recipe.selection.budget)
     return {
         "selector": recipe.selection.selector,
-        "budget": budget,
+        "budget": recipe.selection.budget,
         "samples": chosen.tolist(),
-        "domains": {name: chosen_domains.count(name) for name in sorted(set(chosen_domains))},
-        "outlier_channels": int(weights.size),
-        "coverage": float(covered.mean()) if covered.size else 0.0,
-        "weighted_coverage": float(weights[covered].sum() / total) if total else 0.0,
-        "random_coverage": random_share,
-        "random_weighted_coverage": random_weight,
+        **read_measures(store, chain.measures),
     }
 
 
@@ -167,4 +153,6 @@ def selection_lines(summary: dict[str, Any]) -> list[str]:
         f"random choice of that size: {chosen['random_coverage']:.1%} on average",
         f"             {chosen['weighted_coverage']:.1%} of their weight; "
         f"random choice: {chosen['random_weighted_coverage']:.1%}",
+        f"Likeness     two samples share {chosen['jaccard']:.1%} of the channels that either fires; "
+        f"Gram diagonals {chosen['gram_distance']:.1%} off the pool's",
     ]

@@ -48,6 +48,38 @@ def write_array(path: Path, values: npt.NDArray[np.generic]) -> None:
     array[:] = values
 
 
+class Columns:
+    """Several stored matrices of one width, read some columns at a time as if their rows lay in one.
+
+    Parameters
+    ----------
+    paths
+        The arrays' folders.
+
+    Raises
+    ------
+    StorageError
+        When the widths differ, or a chunk is missing.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = tuple(paths)
+        self._arrays = [_opened(path) for path in paths]
+        widths = {array.shape[1] for array in self._arrays}
+        if len(widths) > 1:
+            raise StorageError(f"Arrays {paths[0]} … have different widths: {sorted(widths)}.")
+        self.rows = sum(array.shape[0] for array in self._arrays)
+        self.width = widths.pop() if widths else 0
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.generic]:
+        """Return columns [start, stop) of all rows."""
+        parts = [
+            _without_nan(np.asarray(array[:, start:stop]), path)
+            for array, path in zip(self._arrays, self._paths, strict=True)
+        ]
+        return np.concatenate(parts)
+
+
 def read_array(path: Path, columns: Sequence[int] | npt.NDArray[np.intp] | None = None) -> npt.NDArray[np.generic]:
     """Return a stored matrix, or some of its columns.
 
@@ -56,13 +88,24 @@ def read_array(path: Path, columns: Sequence[int] | npt.NDArray[np.intp] | None 
     StorageError
         When the shard is missing, or a chunk of it: floats then read as NaN, which is never stored.
     """
-    array = zarr.open_array(store=str(path), mode="r")
-    if array.size and not (path / "c" / "0" / "0").is_file():
-        raise StorageError(f"Array {path} lacks a chunk; `covercal cache verify` names the damaged file.")
+    array = _opened(path)
     if columns is None:
-        values = np.asarray(array[:])
-    else:
-        values = np.asarray(array.oindex[:, np.asarray(columns, dtype=np.intp)])
+        return _without_nan(np.asarray(array[:]), path)
+    return _without_nan(np.asarray(array.oindex[:, np.asarray(columns, dtype=np.intp)]), path)
+
+
+def _opened(path: Path) -> zarr.Array:
+    array = zarr.open_array(store=str(path), mode="r", zarr_format=3)
+    if array.size and not (path / "c" / "0" / "0").is_file():
+        raise _lacking(path)
+    return array
+
+
+def _without_nan(values: npt.NDArray[np.generic], path: Path) -> npt.NDArray[np.generic]:
     if values.dtype == np.float32 and np.isnan(values).any():
-        raise StorageError(f"Array {path} lacks a chunk; `covercal cache verify` names the damaged file.")
+        raise _lacking(path)
     return values
+
+
+def _lacking(path: Path) -> StorageError:
+    return StorageError(f"Array {path} lacks a chunk; `covercal cache verify` names the damaged file.")

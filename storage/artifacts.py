@@ -1,6 +1,7 @@
 """The artifact store: look up, pull, build once, commit, share, verify."""
 
 import errno
+import json
 import re
 import shutil
 import time
@@ -17,8 +18,9 @@ from storage.errors import MissingArtifactError, StorageError
 from storage.explain import Known, explain_miss
 from storage.in_use import claims_of
 from storage.keys import content_digest
-from storage.local import DAMAGED, LocalObjects
+from storage.local import LocalObjects
 from storage.manifest import (
+    DAMAGED,
     MANIFEST,
     SHORT_KEY,
     Decision,
@@ -27,6 +29,7 @@ from storage.manifest import (
     Outcome,
     Ref,
     Request,
+    check_files,
     library_versions,
 )
 
@@ -196,6 +199,7 @@ class ArtifactStore:
             for name in (MANIFEST, DAMAGED):
                 if (staged / name).exists():
                     raise ValueError(f"a build must not write {name}; the store does")
+            json.dumps(info, allow_nan=False)  # what is not plain JSON is an error of the build
             with self._named_fault(request.stage, request.key, staged):
                 manifest = self.local.commit(_manifest_of(staged, request, info, started), staged, replace=True)
                 shutil.rmtree(self.work_folder(request.key), ignore_errors=True)
@@ -288,7 +292,8 @@ class ArtifactStore:
         assert self.remote is not None
         note = self.root / "unsent" / f"{manifest.stage}-{manifest.key}"
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.touch()  # a push that is cut short is made up for by `send_unsent`
+        # A push that is cut short is made up for by `send_unsent`.
+        note.write_text("replace" if replace_there else "", encoding="ascii")
         folder = self.folder(manifest.stage, manifest.key)
         winner = self.remote.commit(manifest, folder, replace=replace_there)
         note.unlink(missing_ok=True)
@@ -310,7 +315,7 @@ class ArtifactStore:
             stage, _, key = note.name.partition("-")
             manifest = self.claim(stage, key).manifest
             if manifest is not None:
-                self._share(manifest, replace_there=False)
+                self._share(manifest, replace_there=note.read_text(encoding="ascii") == "replace")
                 sent += 1
             note.unlink(missing_ok=True)
         return sent
@@ -381,6 +386,7 @@ class ArtifactStore:
 def _manifest_of(staged: Path, request: Request, info: dict[str, Any], started: float) -> Manifest:
     """Flush and hash what was built, and return its manifest."""
     files = {name: {"size": size, "sha256": digest} for name, (size, digest) in flush_and_hash(staged).items()}
+    check_files(files)
     return Manifest(
         stage=request.stage,
         version=request.version,

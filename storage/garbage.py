@@ -3,12 +3,13 @@
 import shutil
 import time
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from storage.artifacts import ArtifactStore
-from storage.durable import PARTIAL, set_aside
+from storage.durable import PARTIAL, make_writable_folder, set_aside
 from storage.in_use import claims_of, last_change
 from storage.lineage import ancestors
 from storage.manifest import MANIFEST, SHORT_KEY, is_key
@@ -125,20 +126,28 @@ def stored_objects(store: ArtifactStore) -> dict[str, StoredObject]:
 def collect(store: ArtifactStore, days: float = DAYS, *, dry_run: bool = False, now: float | None = None) -> Collected:
     """Delete what no pinned run and no run or artifact of the last `days` needs.
 
-    What a living process uses is never touched. With `dry_run` nothing is deleted.
+    What a living process uses is never touched: while this looks and takes things out of sight, no process can begin
+    to use anything. With `dry_run` nothing is deleted.
+
+    Raises
+    ------
+    StorageError
+        When the store cannot be written, or a run record cannot be read; nothing is deleted then.
     """
+    make_writable_folder(store.root, "The cache folder")
     since = (time.time() if now is None else now) - days * DAY
-    objects = stored_objects(store)
-    roots = recent_roots(read_runs(store.root), pinned_runs(store.root), objects.values(), since)
-    unneeded = garbage(roots, objects)
     aside: list[Path] = []
     with claims_of(store.root).removing() as used:
+        objects = stored_objects(store)
+        roots = recent_roots(read_runs(store.root), pinned_runs(store.root), objects.values(), since)
+        unneeded = garbage(roots, objects)
         needed = {*used, *ancestors(used, {key: each.reads for key, each in objects.items()})}
         going = tuple(each for each in unneeded if each.key not in needed)
         leftovers = tuple(_leftovers(store, used, since))
         if not dry_run:
-            aside += [set_aside(store.folder(each.stage, each.key), store.root / "staging") for each in going]
-            aside += [set_aside(each.path, store.root / "staging") for each in leftovers]
+            for folder in (*(store.folder(each.stage, each.key) for each in going), *(each.path for each in leftovers)):
+                with suppress(FileNotFoundError):  # another collection is just deleting it
+                    aside.append(set_aside(folder, store.root / "staging"))
     for each in aside:
         shutil.rmtree(each, ignore_errors=True)
     return Collected(going, leftovers, len(objects) - len(going), len(unneeded) - len(going))

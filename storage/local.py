@@ -8,19 +8,16 @@ from storage.durable import file_names, flush_folders, fsync_path, move_into_pla
 from storage.errors import StorageError
 from storage.keys import file_sha256
 from storage.manifest import (
+    DAMAGED,
     MANIFEST,
-    MANIFEST_FAULTS,
     Lookup,
     Manifest,
     check_name,
     file_name,
     identity_faults,
-    is_key,
-    parse_manifest,
+    is_place,
     understood,
 )
-
-DAMAGED = "DAMAGED"
 
 
 class LocalObjects:
@@ -60,9 +57,14 @@ class LocalObjects:
         try:
             text = (folder / MANIFEST).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            if folder.is_dir():
+            if not self.objects.is_dir() and self.objects.exists():
+                raise NotADirectoryError(f"{self.objects} is no folder") from None
+            if not folder.is_dir():
+                return Lookup(None, "not in the store")
+            try:
+                text = (folder / MANIFEST).read_bytes()  # it may have come into place just now
+            except FileNotFoundError:
                 return Lookup(None, f"file {file_name(stage, key, MANIFEST)} is missing", damaged=True)
-            return Lookup(None, "not in the store")
         found = understood(text, stage, key)
         if found.manifest is None:
             return found
@@ -88,7 +90,10 @@ class LocalObjects:
         flush_folders(folder)
         write_durably(folder / MANIFEST, manifest.to_bytes())
         fsync_path(folder)
-        move_into_place(folder, self.folder(manifest.stage, manifest.key), self.root / "staging")
+        try:
+            move_into_place(folder, self.folder(manifest.stage, manifest.key), self.root / "staging")
+        except (NotADirectoryError, FileExistsError, PermissionError) as cause:
+            raise StorageError(f"Cannot put {manifest.ref.short} into {self.objects}: {cause.strerror}.") from cause
         return manifest
 
     def fetch(self, manifest: Manifest, folder: Path) -> list[str]:
@@ -104,6 +109,8 @@ class LocalObjects:
             except (FileNotFoundError, NotADirectoryError):
                 faults.append(f"file {full} is missing")
                 continue
+            except OSError as cause:
+                raise StorageError(f"Cannot copy {source / name}: {cause.strerror or cause}.") from cause
             if file_sha256(target) != each["sha256"]:
                 faults.append(f"file {full} does not match its sha256")
             fsync_path(target)
@@ -111,21 +118,28 @@ class LocalObjects:
 
     def manifests(self, stage: str | None = None) -> Iterator[Manifest]:
         """Yield the manifests of all readable artifacts (of one stage), in the order of their keys."""
-        stages = [stage] if stage else sorted(p.name for p in self.objects.glob("*") if p.is_dir())
-        for name in stages:
-            for path in sorted((self.objects / name).glob(f"*/*/{MANIFEST}")):
-                try:
-                    yield parse_manifest(path.read_bytes())
-                except (*MANIFEST_FAULTS, FileNotFoundError):
-                    continue  # `verify` and look-ups name damaged manifests; a listing shows what can be read
-                except OSError as cause:
-                    raise StorageError(f"Cannot read {path}: {cause.strerror or cause}.") from cause
+        for each, key in self.folders():
+            if stage in (None, each):
+                manifest = self._readable(each, key)
+                if manifest is not None:
+                    yield manifest
+
+    def _readable(self, stage: str, key: str) -> Manifest | None:
+        """Return a manifest without looking for the files; `verify` and look-ups name those that cannot be read."""
+        path = self.folder(stage, key) / MANIFEST
+        try:
+            return understood(path.read_bytes(), stage, key).manifest
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as cause:
+            raise StorageError(f"Cannot read {path}: {cause.strerror or cause}.") from cause
 
     def folders(self) -> Iterator[tuple[str, str]]:
         """Yield (stage, key) of every artifact folder, readable or not."""
         for path in sorted(self.objects.glob("*/*/*")):
-            if path.is_dir() and is_key(path.name):
-                yield path.parent.parent.name, path.name
+            stage, prefix, key = path.parts[-3:]
+            if is_place(stage, prefix, key) and path.is_dir():
+                yield stage, key
 
     def verify(self, stage: str, key: str) -> list[str]:
         """Return what is wrong with an artifact after re-hashing every file; empty when all is well.
@@ -135,10 +149,11 @@ class LocalObjects:
         folder = self.folder(stage, key)
         try:
             found = self._look(folder, stage, key)
-            if found.manifest is None:
+            manifest = found.manifest or self._readable(stage, key)
+            if manifest is None:
                 return [found.reason]
-            faults = _content_faults(folder, found.manifest)
-            strangers = _strangers(folder, found.manifest)
+            faults = _content_faults(folder, manifest)
+            strangers = _strangers(folder, manifest)
         except OSError as cause:
             raise StorageError(f"Cannot read {cause.filename or folder}: {cause.strerror or cause}.") from cause
         if self._look(folder, stage, key) == found:  # and not replaced meanwhile
@@ -147,11 +162,17 @@ class LocalObjects:
 
 
 def _content_faults(folder: Path, manifest: Manifest) -> list[str]:
-    faults = [
-        f"file {file_name(manifest.stage, manifest.key, name)} does not match its sha256"
-        for name, each in manifest.files.items()
-        if file_sha256(folder / name) != each["sha256"]
-    ]
+    faults = []
+    for name, each in manifest.files.items():
+        full = file_name(manifest.stage, manifest.key, name)
+        try:
+            size = (folder / name).stat().st_size
+            if size != each["size"]:
+                faults.append(f"file {full} has {size} bytes, not {each['size']}")
+            elif file_sha256(folder / name) != each["sha256"]:
+                faults.append(f"file {full} does not match its sha256")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            faults.append(f"file {full} is missing")
     return faults + identity_faults(manifest)
 
 

@@ -17,10 +17,12 @@ from storage.keys import artifact_key, canonical_json, content_digest
 MANIFEST = "MANIFEST.json"
 SEAL = "seal"
 LIBRARIES = ("numpy", "torch", "transformers", "tokenizers", "zarr", "duckdb", "pyarrow", "compressed-tensors")
-MANIFEST_FAULTS = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
+MANIFEST_FAULTS = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+DAMAGED = "DAMAGED"  # a mark beside a manifest: what `verify` found
 SHORT_KEY = 12  # digits of a key that people read
 _KEY = re.compile(r"[0-9a-f]{64}")
 _STAGE = re.compile(r"[a-z][a-z_]*")
+_ODD = re.compile(r"[\x00-\x1f\x7f]|#\d+$")  # object stores refuse control characters, and keep #1 to themselves
 
 
 class Decision(StrEnum):
@@ -133,6 +135,11 @@ def is_key(text: str) -> bool:
     return _KEY.fullmatch(text) is not None
 
 
+def is_place(stage: str, prefix: str, key: str) -> bool:
+    """Return whether `stage/prefix/key` is where an artifact lies."""
+    return bool(_STAGE.fullmatch(stage)) and is_key(key) and key[:2] == prefix
+
+
 def check_name(stage: str, key: str) -> None:
     """Raise when stage or key are not what a store names its folders by.
 
@@ -162,12 +169,36 @@ def parse_manifest(text: bytes) -> Manifest:
     manifest = Manifest(**value)
     if not _STAGE.fullmatch(manifest.stage) or not _KEY.fullmatch(manifest.key):
         raise ValueError("stage or key are malformed")
-    for name, each in manifest.files.items():
+    if [Ref(**each) for each in manifest.inputs] and not all(map(_is_reference, manifest.inputs)):
+        raise ValueError("inputs are malformed")
+    if not all(isinstance(each, dict) for each in (manifest.material, manifest.info, manifest.libraries)):
+        raise ValueError("material, info or libraries are malformed")
+    if not isinstance(manifest.created, str) or not isinstance(manifest.seconds, int | float):
+        raise ValueError("created or seconds are malformed")
+    check_files(manifest.files)
+    return manifest
+
+
+def _is_reference(value: Mapping[str, Any]) -> bool:
+    return bool(_STAGE.fullmatch(value["stage"]) and _KEY.fullmatch(value["key"]) and isinstance(value["digest"], str))
+
+
+def check_files(files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise when a file's name, size or hash cannot be that of an artifact's file.
+
+    Raises
+    ------
+    ValueError
+        Naming the file.
+    """
+    folders = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
+    for name, each in files.items():
         if not _stays_inside(name):
             raise ValueError(f"file name {name!r} leaves the artifact's folder")
-        if not _KEY.fullmatch(each["sha256"]) or int(each["size"]) < 0:
+        if name in (MANIFEST, DAMAGED) or name in folders or _ODD.search(name):
+            raise ValueError(f"no file of an artifact can have the name {name!r}")
+        if not _KEY.fullmatch(each["sha256"]) or type(each["size"]) is not int or each["size"] < 0:
             raise ValueError(f"file {name!r} has no proper size and sha256")
-    return manifest
 
 
 def _stays_inside(name: str) -> bool:

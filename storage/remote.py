@@ -15,19 +15,29 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    NotSupportedError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 from obstore.store import LocalStore, from_url
 
 from storage.durable import fsync_path
 from storage.errors import RemoteError, RemoteSettingsError
 from storage.keys import canonical_json
-from storage.manifest import MANIFEST, Lookup, Manifest, check_name, file_name, identity_faults, is_key, understood
+from storage.manifest import MANIFEST, Lookup, Manifest, check_name, file_name, identity_faults, is_place, understood
 
 if TYPE_CHECKING:
-    from obstore import PutMode
+    pass
+
+if TYPE_CHECKING:
+    from obstore import UpdateVersion
 
 MARKER = "covercal-cache.json"
 FORMAT = 1
@@ -39,7 +49,11 @@ RETRY_SECONDS = 60
 PARALLEL_FILES = 8
 DIGEST_DIGITS = 32
 SCHEMES = ("s3", "gs", "az", "file")
-SECRET = re.compile(r"\?[^\s'\",)]*")  # a signed address carries its signature in the query
+SECRETS = (
+    (re.compile(r"\?(?!xml)[^\s'\",)]*"), "?…"),  # a signed address carries its signature in the query
+    (re.compile(r"//[^/@\s]+@"), "//…@"),
+)
+ROOT_CAUSES = (r'message: "([^"]+)"', r'error: "([^"]+)"', r"\b(TimedOut)\b", r"<Code>(\w+)</Code>")
 
 
 class RemoteObjects:
@@ -84,8 +98,10 @@ class RemoteObjects:
             )
         try:
             found = json.loads(text)["format"]
-        except (ValueError, TypeError, KeyError) as cause:
-            raise RemoteError(f"File {MARKER} of remote {self.place} is not readable ({cause}).") from cause
+        except (ValueError, TypeError, KeyError, RecursionError) as cause:
+            raise RemoteError(
+                f"File {MARKER} of remote {self.place} is not readable ({cause}); --offline goes on without the remote."
+            ) from None
         if found != FORMAT:
             raise RemoteSettingsError(f"Remote {self.place} has format {found}; this covercal reads format {FORMAT}.")
         self._checked = True
@@ -105,6 +121,8 @@ class RemoteObjects:
         self.check()
         text = self._read(f"{_folder(stage, key)}/{MANIFEST}")
         if text is None:
+            self._checked = False  # is the cache still there, or did its mount go away?
+            self.check()
             return Lookup(None, f"not in {self.place}")
         found = understood(text, stage, key)
         faults = identity_faults(found.manifest) if found.manifest is not None else [found.reason]
@@ -118,20 +136,47 @@ class RemoteObjects:
         Returns the manifest that holds afterwards. What an earlier sender lost on the way is replaced in any case.
         """
         self._check_writable()
+        target = _folder(manifest.stage, manifest.key)
+        there = self._version(f"{target}/{MANIFEST}")
         found = self.look_up(manifest.stage, manifest.key)
         whole = found.manifest is not None and not self._missing(found.manifest)
         if found.manifest is not None and whole and not replace:
             return found.manifest
-        target = _folder(manifest.stage, manifest.key)
         self._send_files(manifest, folder, f"{target}/{manifest.digest[:DIGEST_DIGITS]}")
-        mode: PutMode = "overwrite" if found.manifest is not None or found.damaged else "create"
+        if self._put_manifest(f"{target}/{MANIFEST}", manifest, there):
+            return manifest
+        winner = self.look_up(manifest.stage, manifest.key)
+        if winner.manifest is None:
+            raise RemoteError(f"Remote {self.place} lost {manifest.ref.short} while it was sent: {winner.reason}.")
+        return winner.manifest
+
+    def _version(self, name: str) -> "UpdateVersion | None":
+        """Return what tells an object from a later one of its name; None when it is not there."""
+        with self._asking(f"read {name}"):
+            try:
+                meta = obstore.head(self._objects, name)
+            except FileNotFoundError:
+                return None
+        version: UpdateVersion = {}
+        if meta["e_tag"] is not None:
+            version["e_tag"] = meta["e_tag"]
+        if meta["version"] is not None:
+            version["version"] = meta["version"]
+        return version
+
+    def _put_manifest(self, name: str, manifest: Manifest, there: "UpdateVersion | None") -> bool:
+        """Put a manifest where there is none, or in place of the one of that version; returns whether it holds now."""
         with self._asking(f"send {manifest.ref.short}"):
             try:
-                obstore.put(self._objects, f"{target}/{MANIFEST}", manifest.to_bytes(), mode=mode)
-            except AlreadyExistsError:
-                winner = self.look_up(manifest.stage, manifest.key)
-                return winner.manifest if winner.manifest is not None else manifest
-        return manifest
+                obstore.put(self._objects, name, manifest.to_bytes(), mode=there or "create")
+            except (AlreadyExistsError, PreconditionError):
+                return False
+            except (NotImplementedError, NotSupportedError):  # a folder knows no put in place of one version
+                if self._version(name) != there:
+                    return False
+                obstore.put(self._objects, name, manifest.to_bytes(), mode="overwrite")
+                return self._read(name) == manifest.to_bytes()
+        return True
 
     def _send_files(self, manifest: Manifest, folder: Path, target: str) -> None:
         def send(name: str) -> None:
@@ -199,7 +244,7 @@ class RemoteObjects:
         found = set()
         for name in self._sizes("objects/"):
             parts = name.split("/")
-            if len(parts) == 4 and parts[3] == MANIFEST and is_key(parts[2]):
+            if len(parts) == 4 and parts[3] == MANIFEST and is_place(parts[0], parts[1], parts[2]):
                 found.add((parts[0], parts[2]))
         yield from sorted(found)
 
@@ -257,14 +302,14 @@ class RemoteObjects:
             yield
         except (PermissionDeniedError, UnauthenticatedError, PermissionError) as cause:
             raise RemoteError(
-                f"Remote {self.place} refuses to {what}: {_first_line(cause)}. Check the credentials (reading needs "
+                f"Remote {self.place} refuses to {what}: {_why(cause)}. Check the credentials (reading needs "
                 "the right to list, too). Nothing was recomputed; --offline goes on without the remote."
-            ) from cause
+            ) from None  # a cause may carry a signed address
         except (BaseError, FileNotFoundError, OSError, ValueError) as cause:
             raise RemoteError(
-                f"Remote {self.place} failed to {what}: {_first_line(cause)}. Nothing was recomputed; what is finished "
+                f"Remote {self.place} failed to {what}: {_why(cause)}. Nothing was recomputed; what is finished "
                 "is kept in the local cache, and --offline goes on without the remote."
-            ) from cause
+            ) from None
 
 
 def _folder(stage: str, key: str) -> str:
@@ -272,10 +317,17 @@ def _folder(stage: str, key: str) -> str:
     return f"objects/{stage}/{key[:2]}/{key}"
 
 
-def _first_line(cause: BaseException) -> str:
-    lines = [line for line in str(cause).splitlines() if line.strip()]
-    text = SECRET.sub("?…", lines[0]) if lines else type(cause).__name__
-    return text.removesuffix(".")
+def _why(cause: BaseException) -> str:
+    """Return the telling parts of an error of obstore, without secrets: its first line, and what lies at its root."""
+    text = str(cause)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    parts = [lines[0] if lines else type(cause).__name__]
+    for cause_of in ROOT_CAUSES:
+        parts += [each for each in re.findall(cause_of, text) if each not in parts[0]]
+    shown = "; ".join(dict.fromkeys(parts))
+    for pattern, replacement in SECRETS:
+        shown = pattern.sub(replacement, shown)
+    return shown.removesuffix(".")
 
 
 def open_remote(address: str, *, writable: bool = False, timeout: float = TIMEOUT_SECONDS) -> RemoteObjects:
@@ -284,9 +336,9 @@ def open_remote(address: str, *, writable: bool = False, timeout: float = TIMEOU
     Parameters
     ----------
     address
-        `s3://bucket/prefix`, `gs://bucket/prefix`, `az://account/container/prefix`, `file:///folder`, or the path of a
-        shared folder. Credentials and endpoints come from the environment in the way of each service (for S3
-        `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, …), never from the address.
+        `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`, `file:///folder`, or the path of a shared
+        folder. Credentials, accounts and endpoints come from the environment in the way of each service (for S3
+        `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, …; for Azure `AZURE_STORAGE_ACCOUNT_NAME`, …), never from the address.
     writable
         Whether artifacts may be sent to it.
     timeout
@@ -297,20 +349,21 @@ def open_remote(address: str, *, writable: bool = False, timeout: float = TIMEOU
     RemoteSettingsError
         When the address is none, or carries a secret.
     """
-    parts = urlsplit(address)
-    if parts.scheme in ("", "file"):
-        folder = Path(parts.path if parts.scheme else address).expanduser().absolute()
-        if not folder.is_dir():
-            raise RemoteSettingsError(f"Remote folder {folder} is not there; is it mounted?")
-        return RemoteObjects(LocalStore(folder), str(folder), writable=writable)
-    if parts.username or parts.password or parts.query or parts.fragment:
+    try:
+        parts = urlsplit(address)
+        credentials = parts.username or parts.password
+    except ValueError as cause:
+        raise RemoteSettingsError(f"COVERCAL_REMOTE is no address ({cause}).") from None
+    known = ", ".join(f"{each}://" for each in SCHEMES)
+    if parts.scheme and (credentials or parts.query or parts.fragment):
         raise RemoteSettingsError(
-            f"COVERCAL_REMOTE must hold no credentials and no query; {parts.scheme}://{parts.hostname} reads its "
-            "credentials from the environment."
+            f"COVERCAL_REMOTE must hold no credentials, no ? and no #; {parts.scheme}:// reads its credentials from "
+            "the environment."
         )
+    if parts.scheme in ("", "file"):
+        return _open_folder(unquote(parts.path) if parts.scheme else address, parts.netloc, writable=writable)
     if parts.scheme not in SCHEMES or not parts.netloc:
-        known = ", ".join(f"{each}://" for each in SCHEMES)
-        raise RemoteSettingsError(f"COVERCAL_REMOTE {address!r} is no address: it begins with {known} or is a folder.")
+        raise RemoteSettingsError(f"COVERCAL_REMOTE is no address of a cache: it begins with {known} or is a folder.")
     try:
         objects = from_url(
             address,
@@ -318,8 +371,17 @@ def open_remote(address: str, *, writable: bool = False, timeout: float = TIMEOU
             retry_config={"max_retries": RETRIES, "retry_timeout": timedelta(seconds=RETRY_SECONDS)},
         )
     except (BaseError, ValueError) as cause:
-        raise RemoteSettingsError(f"Remote {address} cannot be opened: {_first_line(cause)}.") from cause
+        raise RemoteSettingsError(f"Remote {address} cannot be opened: {_why(cause)}.") from None
     return RemoteObjects(objects, address.rstrip("/"), writable=writable)
+
+
+def _open_folder(path: str, host: str, *, writable: bool) -> RemoteObjects:
+    if host or not path:
+        raise RemoteSettingsError("COVERCAL_REMOTE is no folder: write file:///folder, or the folder's path.")
+    folder = Path(path).expanduser().absolute()
+    if not folder.is_dir():
+        raise RemoteSettingsError(f"Remote folder {folder} is not there; is it mounted?")
+    return RemoteObjects(LocalStore(folder), str(folder), writable=writable)
 
 
 def _client_options(environment: Mapping[str, str], timeout: float) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from storage.durable import make_writable_folder, write_durably
 from storage.errors import MissingArtifactError, StorageError
+from storage.manifest import check_name
 
 LATEST = "latest"
 PIN = ".pinned"
@@ -66,12 +67,27 @@ def parse_run(text: bytes) -> RunRecord:
         value = json.loads(text)
         stages = [StageRecord(**each) for each in value.pop("stages")]
         record = RunRecord(stages=stages, **value)
-        if not _NAME.fullmatch(record.run):
-            raise ValueError(f"{record.run!r} is no name of a run")
-        datetime.fromisoformat(record.started)
-    except (ValueError, TypeError, KeyError, AttributeError) as cause:
+        _check(record)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as cause:
         raise StorageError(f"A run record is not readable ({cause}).") from cause
     return record
+
+
+def _check(record: RunRecord) -> None:
+    """Raise when a field is not what it should be: a record may come from elsewhere."""
+    texts = [record.run, record.command, record.started, record.state, record.error]
+    texts += [text for s in record.stages for text in (s.label, s.stage, s.key, s.decision, s.reason)]
+    numbers = [record.seconds, *(s.seconds for s in record.stages)]
+    if not all(isinstance(each, str) for each in texts) or not all(isinstance(each, int | float) for each in numbers):
+        raise ValueError("a field is of the wrong type")
+    if not isinstance(record.recipe, dict) or not isinstance(record.result, dict):
+        raise ValueError("recipe or result is no mapping")
+    if not _NAME.fullmatch(record.run):
+        raise ValueError(f"{record.run!r} is no name of a run")
+    for stage in record.stages:
+        if stage.key:
+            check_name(stage.stage, stage.key)
+    datetime.fromisoformat(record.started)
 
 
 def write_run(root: Path, record: RunRecord) -> Path:
@@ -100,6 +116,8 @@ def read_runs(root: Path) -> Iterator[RunRecord]:
     for path in sorted((root / "runs").glob("*.json")):
         try:
             yield parse_run(path.read_bytes())
+        except OSError as cause:
+            raise StorageError(f"Cannot read run record {path}: {cause.strerror or cause}.") from cause
         except StorageError as cause:
             raise StorageError(f"{path}: {cause} Delete the file if the run no longer matters.") from cause
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from storage.artifacts import ArtifactStore
-from storage.errors import MissingArtifactError, RemoteSettingsError
+from storage.errors import MissingArtifactError, RemoteSettingsError, StorageError
 from storage.manifest import Ref
 from storage.remote import RemoteObjects
 from storage.runs import LATEST, RunRecord, find_run, parse_run, run_bytes, save_run
@@ -61,7 +61,7 @@ def push_run(store: ArtifactStore, name: str, advance: Advance = lambda done, to
 
 def pull_run(store: ArtifactStore, name: str, advance: Advance = lambda done, total: None) -> Moved:
     """Copy a run's artifacts from the remote, then its record."""
-    record = parse_run(_one(remote_of(store).records(), name))
+    record = _one(_records(store), name)
     refs = artifacts_of(record)
     moved = 0
     for done, ref in enumerate(refs, start=1):
@@ -73,7 +73,7 @@ def pull_run(store: ArtifactStore, name: str, advance: Advance = lambda done, to
 
 def remote_runs(store: ArtifactStore) -> Sequence[RunRecord]:
     """Return the run records that were pushed to the remote, the oldest first."""
-    return [parse_run(text) for text in remote_of(store).records().values()]
+    return list(_records(store).values())
 
 
 def remote_of(store: ArtifactStore) -> RemoteObjects:
@@ -89,13 +89,24 @@ def remote_of(store: ArtifactStore) -> RemoteObjects:
     return store.remote
 
 
-def _one(records: dict[str, bytes], name: str) -> bytes:
-    matches = [each for each in records if each.startswith(name)]
+def _records(store: ArtifactStore) -> dict[str, RunRecord]:
+    remote = remote_of(store)
+    found = {}
+    for name, text in remote.records().items():
+        try:
+            found[name] = parse_run(text)
+        except StorageError as cause:
+            raise StorageError(f"Run {name} of remote {remote.place}: {cause}") from cause
+    return found
+
+
+def _one(records: dict[str, RunRecord], name: str) -> RunRecord:
+    matches = [record for each, record in records.items() if each.startswith(name)]
     if name == LATEST:
-        matches = [each for each, text in records.items() if parse_run(text).state == "completed"][-1:]
+        matches = [record for record in records.values() if record.state == "completed"][-1:]
     if len(matches) != 1:
         raise MissingArtifactError(
             f"{len(matches)} runs of the remote have a name that begins with {name!r}; "
             "`covercal cache runs --remote` lists them."
         )
-    return records[matches[0]]
+    return matches[0]

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 CHANNELS = "channels.parquet"
 PEAK = "peak.zarr"
 ENERGY = "energy.zarr"
+VARIANCE = "variance.zarr"
+MAGNITUDE = "magnitude.zarr"
+SKETCH = "sketch.zarr"
 FLOAT_BYTES = 4
 
 
@@ -59,7 +62,7 @@ def pool_shards(store: ArtifactStore, pool: Ref, size: int) -> tuple[Shard, ...]
 
 @cached(
     "statistics",
-    version=1,
+    version=2,
     ignored=("imported", "pool", "device"),
     names={"sites": "statistics.sites", "skip_tokens": "statistics.skip_tokens", "dtype": "model.dtype"},
 )
@@ -88,6 +91,9 @@ def capture_shard(
     found = capture(decoder, tokens, names, sites=sites, skip_tokens=skip_tokens, advance=advance)
     write_array(build.folder / PEAK, found.peak)
     write_array(build.folder / ENERGY, found.energy)
+    write_array(build.folder / VARIANCE, found.variance)
+    write_array(build.folder / MAGNITUDE, found.magnitude)
+    write_array(build.folder / SKETCH, found.sketch)
     columns = _site_columns(measured)
     width = found.absolute_sum.size
     columns |= {

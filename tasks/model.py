@@ -27,9 +27,11 @@ def import_model(build: Build, *, model: ModelIdentity) -> dict[str, Any]:
     quiet_transformers()
     advance = build.progress(3, "parts")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.folder, gguf_file=model.gguf)
+        tokenizer = AutoTokenizer.from_pretrained(model.folder, gguf_file=model.gguf, trust_remote_code=False)
         advance(1)
-        loaded = AutoModelForCausalLM.from_pretrained(model.folder, gguf_file=model.gguf, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model.folder, gguf_file=model.gguf, dtype=torch.float32, trust_remote_code=False
+        )
     except (ValueError, KeyError, IndexError, OSError, NotImplementedError) as cause:
         raise InputError(
             f"model.source {Path(model.folder) / model.gguf} cannot be read as a GGUF model: "
@@ -68,9 +70,13 @@ def original_decoder(
         if key not in _loaded:
             _loaded.clear()
             folder = model_folder(store, model, imported)
-            trusted = model.trust_remote_code and imported is None  # an artifact never brings code along
-            _loaded[key] = load_decoder(folder, dtype, where, trust_remote_code=trusted)
+            _loaded[key] = load_decoder(folder, dtype, where, trust_remote_code=trusts(model, imported))
         return _loaded[key]
+
+
+def trusts(model: ModelIdentity, imported: Ref | None) -> bool:
+    """Return whether code in the model's folder may run: never that of an artifact, which brings none along."""
+    return model.trust_remote_code and imported is None
 
 
 def load_tokenizer(store: ArtifactStore, model: ModelIdentity, imported: Ref | None) -> Any:
@@ -79,7 +85,7 @@ def load_tokenizer(store: ArtifactStore, model: ModelIdentity, imported: Ref | N
 
     quiet_transformers()
     return AutoTokenizer.from_pretrained(
-        model_folder(store, model, imported), trust_remote_code=model.trust_remote_code, local_files_only=True
+        model_folder(store, model, imported), trust_remote_code=trusts(model, imported), local_files_only=True
     )
 
 

@@ -60,24 +60,24 @@ def make_pool(
     imported: Ref | None,
     lengths: tuple[int, ...],
     packing: str,
-    samples: int,
+    samples: int | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Read, tokenise and pack the candidate samples."""
+    """Read, tokenise and pack the candidate samples; all that the texts give when `samples` is None."""
     counts = Counts()
     documents = unique_documents([each.source for each in sources], counts)
     if not documents:
         names = ", ".join(each.source.name for each in sources)
         raise InputError(f"The pool is empty: pool.sources ({names}) hold no text.")
     encoder = load_tokenizer(build.store, tokenizer.model, imported)
-    advance = build.progress(samples, "samples")
+    advance = build.progress(samples or 0, "samples")
     packed = []
     for sample in islice(pack(documents, encoder, lengths, packing=packing, seed=seed, counts=counts), samples):
         packed.append(sample)
         counts.domains[sample.domain] = counts.domains.get(sample.domain, 0) + 1
         advance(1)
-    if len(packed) < samples:
-        raise InputError(_too_few(len(packed), samples, lengths, packing, counts))
+    if len(packed) < (samples or 1):
+        raise InputError(_too_few(len(packed), samples or 1, lengths, packing, counts))
     write_samples(build, packed, encoder)
     return asdict(counts)
 

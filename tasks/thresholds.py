@@ -1,12 +1,15 @@
 """Stage `outliers`: thresholds by site, outlier channels, their weights, and which sample fires which channel."""
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from covercal.errors import CovercalError
-from storage.arrays import read_array, write_array
+from covercal.thresholds import PEAK_RULES, SIGMA, poorly_reconstructed
+from storage.arrays import Columns, read_array, write_array
 from storage.artifacts import ArtifactStore
 from storage.manifest import Ref
 from storage.tables import query, read_table, write_table
@@ -20,19 +23,25 @@ COVERAGE = "coverage.zarr"
 # Mean and standard deviation of |x| over all tokens and channels of a site (COVERCAL, arXiv 2604.24008, section 3.1:
 # tau = mu + 6 sigma, one per layer). The sums are float64; E[x^2] - E[|x|]^2 loses nothing that matters here, since |x|
 # has a standard deviation of the order of its mean.
-SIGMA_SQL = """
+SITES_SQL = """
     SELECT site, any_value(block) AS block, any_value(linears) AS linears,
-           count(DISTINCT position) AS channels,
+           max(position) - min(position) + 1 AS channels, min(position) AS first,
            sum(absolute_sum) / sum(tokens) AS mean,
-           sqrt(greatest(sum(square_sum) / sum(tokens) - pow(sum(absolute_sum) / sum(tokens), 2), 0)) AS sigma,
-           mean + ? * sigma AS threshold
+           sqrt(greatest(sum(square_sum) / sum(tokens) - pow(sum(absolute_sum) / sum(tokens), 2), 0)) AS sigma
     FROM channels GROUP BY site ORDER BY site
 """
 
-# Weight of an outlier channel (eq. 4): (reference peak / threshold)^2 * L2 norm of the weight column that reads it.
+WEIGHT_SQL = {
+    "full": "pow(c.reference_peak / t.threshold, 2) * c.column_norm",
+    "squared_norm": "pow(c.reference_peak / t.threshold, 2) * pow(c.column_norm, 2)",
+    "magnitude": "pow(c.reference_peak / t.threshold, 2)",
+    "column_norm": "c.column_norm",
+    "unweighted": "1::DOUBLE",
+}
+
 OUTLIER_SQL = """
     SELECT c.position, c.site, c.block, c.channel, c.linears, t.threshold, c.reference_peak, c.column_norm,
-           pow(c.reference_peak / t.threshold, 2) * c.column_norm AS weight
+           {weight} AS weight
     FROM (SELECT position, any_value(site) AS site, any_value(block) AS block, any_value(channel) AS channel,
                  any_value(linears) AS linears, max(peak)::DOUBLE AS reference_peak,
                  any_value(column_norm)::DOUBLE AS column_norm
@@ -45,30 +54,95 @@ OUTLIER_SQL = """
 
 @cached(
     "outliers",
-    version=1,
-    names={"rule": "outliers.rule", "k": "outliers.k", "weighting": "outliers.weighting"},
+    version=2,
+    names={name: f"outliers.{name}" for name in ("rule", "k", "weighting", "lowered", "lowered_k")},
 )
-def find_outliers(build: Build, *, statistics: tuple[Ref, ...], rule: str, k: float, weighting: str) -> dict[str, Any]:
-    """Find the outlier channels of a pool and the coverage matrix, bit-packed (samples, ceil(channels / 8))."""
-    if (rule, weighting) != ("sigma", "full"):
-        raise CovercalError(f"There is no threshold rule {rule!r} with weighting {weighting!r}.")
+def find_outliers(
+    build: Build,
+    *,
+    statistics: tuple[Ref, ...],
+    rule: str,
+    k: float,
+    weighting: str,
+    lowered: tuple[int, ...],
+    lowered_k: float | None,
+) -> dict[str, Any]:
+    """Find the outlier channels of a pool and the coverage matrix, bit-packed (samples, ceil(channels / 8)).
+
+    At the sites `lowered`, `lowered_k` takes the place of `k` (adaptive refinement, appendix H).
+    """
     shards = [build.store.path(ref) for ref in statistics]
     channels = [folder / CHANNELS for folder in shards]
-    thresholds = query(SIGMA_SQL, {"channels": channels}, [k])
-    write_table(build.folder / THRESHOLDS, thresholds)
+    sites = query(SITES_SQL, {"channels": channels})
+    factors = [lowered_k if lowered_k is not None and site in lowered else k for site in sites["site"].to_pylist()]
+    peaks = Columns([folder / PEAK for folder in shards])
+    rows = sites.to_pylist()
+    if rule == SIGMA:
+        limits = [row["mean"] + factor * row["sigma"] for row, factor in zip(rows, factors, strict=True)]
+    else:
+        limits = [PEAK_RULES[rule](_site_peaks(peaks, row), factor) for row, factor in zip(rows, factors, strict=True)]
+    write_table(build.folder / THRESHOLDS, sites.append_column("threshold", pa.array(limits, pa.float64())))
     tables = {"channels": channels, "thresholds": [build.folder / THRESHOLDS]}
-    outliers = query(OUTLIER_SQL, tables)
+    outliers = query(OUTLIER_SQL.format(weight=WEIGHT_SQL[weighting]), tables)
     write_table(build.folder / OUTLIERS, outliers)
-    positions = outliers["position"].to_numpy()
-    limits = outliers["threshold"].to_numpy()
-    advance = build.progress(len(shards), "shards")
-    packed = []
-    for folder in shards:
-        peaks = read_array(folder / PEAK, positions)
-        packed.append(np.packbits(peaks.astype(np.float64) > limits, axis=1))
+    advance = build.progress(len(rows), "sites")
+    positions, site_of = outliers["position"].to_numpy(), outliers["site"].to_numpy()
+    bits = BitColumns(peaks.rows)
+    for row, limit in zip(rows, limits, strict=True):
+        mine = positions[site_of == row["site"]] - row["first"]
+        bits.add(_site_peaks(peaks, row)[:, mine].astype(np.float64) > limit)
         advance(1)
-    write_array(build.folder / COVERAGE, np.concatenate(packed))
-    return {"outliers": len(positions), "channels": int(thresholds["channels"].to_numpy().sum())}
+    write_array(build.folder / COVERAGE, bits.packed())
+    return {"outliers": len(positions), "channels": sum(row["channels"] for row in rows)}
+
+
+def _site_peaks(peaks: Columns, row: dict[str, Any]) -> npt.NDArray[np.float32]:
+    return np.asarray(peaks.read(row["first"], row["first"] + row["channels"]), dtype=np.float32)
+
+
+def poor_sites(store: ArtifactStore, outliers: Ref, linears: list[dict[str, Any]]) -> tuple[int, ...]:
+    """Return the sites whose linears a first round of quantisation reconstructed poorly.
+
+    Parameters
+    ----------
+    store, outliers
+        Where the sites are read.
+    linears
+        Rows of a checkpoint's report: `name` and `output_error`.
+    """
+    sites = read_table(store.path(outliers) / THRESHOLDS, ["site", "block", "linears"]).to_pylist()
+    errors = {row["name"]: row["output_error"] for row in linears}
+    found = []
+    for row in sites:
+        ends = tuple(f".{row['block']}.{name}" for name in row["linears"].split(", "))
+        mine = [error for name, error in errors.items() if name.endswith(ends)]
+        found.append(float(np.sqrt(np.mean(np.square(mine)))))
+    return tuple(sites[i]["site"] for i in poorly_reconstructed(np.array(found)))
+
+
+class BitColumns:
+    """Packs a wide bool matrix that comes some columns at a time, eight columns to a byte.
+
+    Parameters
+    ----------
+    rows
+        Of the matrix.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._left = np.zeros((rows, 0), dtype=bool)
+        self._bytes: list[npt.NDArray[np.uint8]] = []
+
+    def add(self, columns: npt.NDArray[np.bool_]) -> None:
+        """Append columns, bool (rows, any)."""
+        joined = np.concatenate([self._left, columns], axis=1)
+        whole = joined.shape[1] // 8 * 8
+        self._bytes.append(np.packbits(joined[:, :whole], axis=1))
+        self._left = joined[:, whole:]
+
+    def packed(self) -> npt.NDArray[np.uint8]:
+        """Return uint8 (rows, ceil(columns / 8)), as numpy.packbits of the whole."""
+        return np.concatenate([*self._bytes, np.packbits(self._left, axis=1)], axis=1)
 
 
 def coverage_matrix(store: ArtifactStore, outliers: Ref) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
@@ -77,3 +151,15 @@ def coverage_matrix(store: ArtifactStore, outliers: Ref) -> tuple[npt.NDArray[np
     weights = read_table(folder / OUTLIERS, ["weight"])["weight"].to_numpy()
     packed = read_array(folder / COVERAGE).astype(np.uint8)
     return np.unpackbits(packed, axis=1, count=weights.size).astype(bool), weights
+
+
+def outlier_columns(store: ArtifactStore, outliers: Ref, *names: str) -> dict[str, Any]:
+    """Return columns of the outlier channels as arrays."""
+    table = read_table(store.path(outliers) / OUTLIERS, names)
+    return {name: table[name].to_numpy() for name in names}
+
+
+def site_bounds(folders: Sequence[Path]) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of the columns of every site, from one shard's channels."""
+    for row in query(SITES_SQL, {"channels": [folders[0] / CHANNELS]}).to_pylist():
+        yield row["first"], row["first"] + row["channels"]

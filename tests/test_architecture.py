@@ -61,7 +61,7 @@ def test_every_dependency_is_used() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     modules = {m.split(".")[0] for path in SOURCES for m in imported_modules(path)}
-    renamed = {"pyyaml": "yaml"}
+    renamed = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
     # Prefect's server needs fastapi, listed to keep it to versions that work; transformers reads GGUF with accelerate.
     indirect = {"fastapi", "accelerate"}
     for line in project["dependencies"]:

@@ -9,6 +9,7 @@ class CoverageSelector:
 
     reads = frozenset({"outliers"})
     seeded = False
+    nested = True
 
     def order(self, evidence: Evidence, extent: int, seed: int) -> Order:
         """Return the greedy order; the seed has no effect."""

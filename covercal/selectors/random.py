@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from covercal.selectors.checked import fitting
 from covercal.selectors.registry import Evidence, Order
 
 
@@ -10,7 +11,9 @@ class RandomSelector:
 
     reads: frozenset[str] = frozenset()
     seeded = True
+    nested = True
 
     def order(self, evidence: Evidence, extent: int, seed: int) -> Order:
         """Return the first `extent` entries of the permutation with this seed."""
+        fitting(extent, evidence)
         return Order(np.random.default_rng(seed).permutation(evidence.samples)[:extent].astype(np.int64))

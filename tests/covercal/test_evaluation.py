@@ -16,6 +16,7 @@ from covercal.evaluation import (
     SequenceScores,
     kl_divergence,
     mean_and_error,
+    mean_losses,
     next_token_losses,
     perplexity,
     reference_outputs,
@@ -173,6 +174,68 @@ def test_hidden_states_are_kept_in_float32_one_row_a_token() -> None:
 
 def test_hidden_states_are_not_kept_when_only_losses_are_asked_for() -> None:
     assert reference_outputs(make_decoder(tiny_model()), random_tokens(2, 9), keep_hidden=False).hidden is None
+
+
+# --- mean losses of samples ----------------------------------------------------------------------------------------
+
+LENGTHS = (24, 5, 2, 24, HEAD_TOKENS, HEAD_TOKENS + 1, HEAD_TOKENS + 2, 31)
+
+
+def mixed() -> list[npt.NDArray[np.int32]]:
+    """Return samples of mixed lengths, two of them longer than one piece of the head."""
+    return [random_tokens(1, length, 20 + index)[0] for index, length in enumerate(LENGTHS)]
+
+
+def own_loss(decoder: Decoder, sample: npt.NDArray[np.int32]) -> float:
+    """Return the model's cross-entropy of one sample as transformers computes it."""
+    ids = torch.from_numpy(sample.astype(np.int64))[None]
+    with torch.inference_mode():
+        return float(decoder.model(input_ids=ids, labels=ids).loss)
+
+
+@every_architecture
+def test_the_mean_loss_of_a_sample_is_the_models_own_cross_entropy(architecture: str) -> None:
+    decoder = make_decoder(tiny_model(architecture))
+    expected = [own_loss(decoder, sample) for sample in mixed()]
+    np.testing.assert_allclose(mean_losses(decoder, mixed()), expected, rtol=1e-5)
+
+
+def test_the_mean_loss_of_a_sample_is_the_float64_formula() -> None:
+    decoder = make_decoder(tiny_model())
+    for sample, found in zip(mixed(), mean_losses(decoder, mixed()), strict=True):
+        rows = log_softmax(model_logits(decoder, sample)[:-1])
+        assert found == pytest.approx(-rows[np.arange(sample.size - 1), sample[1:]].mean(), rel=1e-5)
+
+
+def test_a_16_bit_models_mean_losses_are_taken_from_float32_logits() -> None:
+    decoder = make_decoder(tiny_model().to(torch.bfloat16))
+    expected = [own_loss(decoder, sample) for sample in mixed()]
+    found = mean_losses(decoder, mixed())
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_a_samples_mean_loss_does_not_depend_on_the_others() -> None:
+    decoder = make_decoder(tiny_model())
+    together, turned = mean_losses(decoder, mixed()), mean_losses(decoder, mixed()[::-1])
+    assert turned[::-1].tolist() == together.tolist()
+    assert [mean_losses(decoder, [sample])[0] for sample in mixed()] == together.tolist()
+
+
+def test_the_mean_loss_is_that_of_the_reference() -> None:
+    decoder, samples = make_decoder(tiny_model()), random_tokens(3, 24, 5)
+    expected = reference_outputs(decoder, samples, keep_hidden=False).losses.mean(axis=1, dtype=np.float64)
+    assert mean_losses(decoder, samples).tolist() == expected.tolist()
+
+
+def test_no_sample_has_no_loss() -> None:
+    assert mean_losses(make_decoder(tiny_model()), []).shape == (0,)
+
+
+def test_progress_counts_every_sample_whose_loss_is_there() -> None:
+    counted: list[int] = []
+    mean_losses(make_decoder(tiny_model()), mixed(), advance=counted.append)
+    assert counted == [1] * len(LENGTHS)
 
 
 # --- the original against another ----------------------------------------------------------------------------------

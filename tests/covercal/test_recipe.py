@@ -25,6 +25,8 @@ from covercal.recipe import (
     load_recipe,
     parse_recipe,
 )
+from covercal.selectors.registry import SELECTORS
+from covercal.thresholds import RULES, WEIGHTINGS
 
 FOLDER = Path("/recipes")
 SMALLEST: dict[str, Any] = {"model": {"source": "owner/model"}, "pool": {"sources": [{"path": "pool.jsonl"}]}}
@@ -102,8 +104,8 @@ def test_a_model_and_texts_are_enough_and_the_rest_is_as_documented() -> None:
             "seed": 0,
         },
         "statistics": {"sites": "linear_inputs", "skip_tokens": 1, "shard_samples": 64},
-        "outliers": {"rule": "sigma", "k": 6.0, "weighting": "full"},
-        "selection": {"selector": "coverage", "budget": 64, "seed": 0},
+        "outliers": {"rule": "sigma", "k": 6.0, "weighting": "full", "adaptive": False, "adaptive_k": 4.0},
+        "selection": {"selector": "coverage", "budget": 64, "seed": 0, "samples": ()},
         "quantization": {
             "method": "gptq",
             "bits": 4,
@@ -115,6 +117,7 @@ def test_a_model_and_texts_are_enough_and_the_rest_is_as_documented() -> None:
             "storage_dtype": "auto",
         },
         "evaluation": {"perplexity": (), "divergence": ()},
+        "sweep": {},
     }
 
 
@@ -194,14 +197,18 @@ def test_a_complaint_names_the_recipe() -> None:
     assert complaint(with_fields({"pool.sampels": 8})).startswith("Recipe run.yaml: ")
 
 
-@pytest.mark.parametrize(("name", "meant"), [("covrage", "coverage"), ("Random", "random"), ("rand", "random")])
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("covrage", "coverage"), ("Random", "random"), ("rand", "random"), ("max_perplexty", "max_perplexity")],
+)
 def test_an_unknown_selector_names_the_nearest(name: str, meant: str) -> None:
     said = complaint(with_fields({"selection.selector": name}))
     assert f"`selection.selector`: there is no selector '{name}'; did you mean '{meant}'?" in said
 
 
 def test_a_selector_near_to_nothing_lists_the_known_ones() -> None:
-    assert "known: coverage, random" in complaint(with_fields({"selection.selector": "zzz"}))
+    said = complaint(with_fields({"selection.selector": "zzz"}))
+    assert f"there is no selector 'zzz'; known: {', '.join(sorted(SELECTORS))}" in said
 
 
 @pytest.mark.parametrize(("name", "meant"), [("gtpq", "gptq"), ("gpt", "gptq"), ("rnt", "rtn")])
@@ -210,9 +217,29 @@ def test_an_unknown_method_names_the_nearest(name: str, meant: str) -> None:
     assert f"`quantization.method`: there is no method '{name}'; did you mean '{meant}'?" in said
 
 
+@pytest.mark.parametrize("field", ["selection.selector", "outliers.rule", "outliers.weighting"])
 @pytest.mark.parametrize("value", [["coverage", "random"], {"name": "coverage"}, 3, None])
-def test_a_selector_that_is_no_name_is_refused_by_field(value: Any) -> None:
-    assert "`selection.selector`" in complaint(with_fields({"selection.selector": value}))
+def test_what_is_no_name_is_refused_by_field(field: str, value: Any) -> None:
+    assert f"`{field}`" in complaint(with_fields({field: value}))
+
+
+@pytest.mark.parametrize(
+    ("field", "kind", "name", "meant"),
+    [
+        ("outliers.rule", "threshold rule", "quartile", "quantile"),
+        ("outliers.rule", "threshold rule", "Sigma", "sigma"),
+        ("outliers.rule", "threshold rule", "medain", "median"),
+        ("outliers.weighting", "weighting", "square_norm", "squared_norm"),
+        ("outliers.weighting", "weighting", "unweighed", "unweighted"),
+    ],
+)
+def test_an_unknown_rule_or_weighting_names_the_nearest(field: str, kind: str, name: str, meant: str) -> None:
+    assert f"`{field}`: there is no {kind} '{name}'; did you mean '{meant}'?" in complaint(with_fields({field: name}))
+
+
+@pytest.mark.parametrize(("field", "known"), [("outliers.rule", RULES), ("outliers.weighting", tuple(WEIGHTINGS))])
+def test_a_rule_or_weighting_near_to_nothing_lists_the_known_ones(field: str, known: tuple[str, ...]) -> None:
+    assert f"known: {', '.join(sorted(known))}" in complaint(with_fields({field: "zzz"}))
 
 
 # --- values that do not fit ----------------------------------------------------------------------------------------
@@ -237,11 +264,15 @@ def test_a_selector_that_is_no_name_is_refused_by_field(value: Any) -> None:
         ("statistics.sites", "linears", "'linear_inputs' or 'block_inputs'"),
         ("statistics.skip_tokens", -1, "greater than or equal to 0"),
         ("statistics.shard_samples", 0, "greater than or equal to 1"),
-        ("outliers.rule", "quantile", "'sigma'"),
+        ("outliers.rule", "quartile", "'quantile'"),
         ("outliers.k", 0, "greater than 0"),
         ("outliers.k", float("nan"), "finite"),
         ("outliers.k", float("inf"), "finite"),
-        ("outliers.weighting", "none", "'full'"),
+        ("outliers.weighting", "none", "unweighted"),
+        ("outliers.adaptive", "perhaps", "valid boolean"),
+        ("outliers.adaptive_k", 0, "greater than 0"),
+        ("outliers.adaptive_k", float("inf"), "finite"),
+        ("selection.samples", 3, "valid tuple"),
         ("selection.budget", 0, "greater than or equal to 1"),
         ("selection.seed", -1, "greater than or equal to 0"),
         ("quantization.bits", 1, "greater than or equal to 2"),
@@ -337,6 +368,113 @@ def test_the_shortest_length_decides_how_many_tokens_can_be_skipped() -> None:
 
 def test_all_tokens_but_one_may_be_skipped() -> None:
     assert recipe(pool__sequence_length=[64, 8], statistics__skip_tokens=7).statistics.skip_tokens == 7
+
+
+# --- outlier rules -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_goes_with_every_weighting(rule: str, weighting: str) -> None:
+    found = recipe(outliers__rule=rule, outliers__k=0.5, outliers__weighting=weighting).outliers
+    assert (found.rule, found.weighting, found.k) == (rule, weighting, 0.5)
+
+
+@pytest.mark.parametrize("k", [1, 1.5, 6])
+def test_a_quantile_of_one_or_more_is_refused_with_a_share_that_would_do(k: float) -> None:
+    said = complaint(with_fields({"outliers.rule": "quantile", "outliers.k": k}))
+    assert f"`outliers`: outliers.k is {k:g}; with `rule: quantile` it is a share such as 0.999" in said
+
+
+def test_a_quantile_needs_a_k_of_its_own() -> None:
+    assert "outliers.k is 6; with `rule: quantile`" in complaint(with_fields({"outliers.rule": "quantile"}))
+
+
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"quantile"}))
+def test_other_rules_take_a_k_above_one(rule: str) -> None:
+    assert recipe(outliers__rule=rule, outliers__k=20).outliers.k == 20
+
+
+def test_the_lower_quantile_is_a_share_too() -> None:
+    wrong = {"outliers.rule": "quantile", "outliers.k": 0.999, "outliers.adaptive": True}
+    said = complaint(with_fields(wrong))
+    assert "outliers.adaptive_k is 4; with `rule: quantile` it is a share such as 0.999" in said
+    found = recipe(**{name.replace(".", "__"): value for name, value in wrong.items()}, outliers__adaptive_k=0.99)
+    assert found.outliers.adaptive_k == 0.99
+
+
+@pytest.mark.parametrize("lower", [6, 6.5, 100])
+def test_a_lower_k_that_is_not_lower_is_refused(lower: float) -> None:
+    said = complaint(with_fields({"outliers.adaptive": True, "outliers.adaptive_k": lower}))
+    assert f"outliers.adaptive_k ({lower:g}) must be lower than outliers.k (6)" in said
+
+
+def test_the_default_lower_k_has_to_be_lower_as_well() -> None:
+    said = complaint(with_fields({"outliers.adaptive": True, "outliers.k": 3}))
+    assert "outliers.adaptive_k (4) must be lower than outliers.k (3)" in said
+
+
+@pytest.mark.parametrize("fields", [{"outliers.adaptive_k": 100}, {"outliers.rule": "quantile", "outliers.k": 0.9}])
+def test_without_refinement_the_lower_k_does_not_matter(fields: dict[str, Any]) -> None:
+    assert not parse_recipe(with_fields(fields), FOLDER).outliers.adaptive
+
+
+def test_refinement_without_calibration_is_refused() -> None:
+    said = complaint(with_fields({"outliers.adaptive": True, "quantization.method": "rtn"}))
+    assert "outliers.adaptive needs the errors of a calibrated method; rtn has none" in said
+
+
+def test_refinement_with_calibration_is_accepted() -> None:
+    assert recipe(outliers__adaptive=True, quantization__method="gptq").outliers.adaptive
+
+
+# --- samples in the recipe -----------------------------------------------------------------------------------------
+
+LISTED = "selection.samples lists the samples of `selector: given`, and of no other"
+
+
+def test_given_samples_keep_their_order() -> None:
+    found = recipe(selection__selector="given", selection__samples=[7, 3, 11], selection__budget=2)
+    assert found.selection.samples == (7, 3, 11)
+
+
+def test_the_selector_given_without_samples_is_refused() -> None:
+    assert LISTED in complaint(with_fields({"selection.selector": "given"}))
+
+
+@pytest.mark.parametrize("selector", sorted(set(SELECTORS) - {"given"}))
+def test_samples_for_another_selector_are_refused(selector: str) -> None:
+    assert LISTED in complaint(with_fields({"selection.selector": selector, "selection.samples": [1]}))
+
+
+def test_a_budget_above_the_given_samples_is_refused_with_both_numbers() -> None:
+    given = {"selection.selector": "given", "selection.samples": [1, 2]}
+    assert "selection.budget (64) is larger than the 2 samples of selection.samples" in complaint(with_fields(given))
+    said = complaint(with_fields({**given, "selection.budget": 3}))
+    assert "selection.budget (3) is larger than the 2 samples of selection.samples" in said
+
+
+def test_a_sample_that_is_no_number_is_named_by_its_place() -> None:
+    said = complaint(with_fields({"selection.selector": "given", "selection.samples": [3, 1.5], "selection.budget": 1}))
+    assert "`selection.samples.1`: " in said
+    assert "valid integer" in said
+
+
+def test_a_sample_that_is_given_twice_is_refused() -> None:
+    given = {"selection.selector": "given", "selection.samples": [1, 2, 1], "selection.budget": 1}
+    assert "selection.samples names a sample twice" in complaint(with_fields(given))
+
+
+@pytest.mark.parametrize("sample", [-1, 8, 100])
+def test_a_given_sample_outside_the_pool_is_refused_with_those_that_are_there(sample: int) -> None:
+    given = {"selection.selector": "given", "selection.samples": [0, sample, 7], "selection.budget": 1}
+    said = complaint(with_fields({**given, "pool.samples": 8}))
+    assert f"selection.samples names sample {sample}; the pool has 0 to 7" in said
+
+
+def test_all_samples_of_the_pool_may_be_given() -> None:
+    given = {"selection.selector": "given", "selection.samples": [2, 0, 1], "selection.budget": 3}
+    assert parse_recipe(with_fields({**given, "pool.samples": 3}), FOLDER).selection.samples == (2, 0, 1)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -529,11 +667,18 @@ _recipes = st.fixed_dictionaries(
                 "seed": st.integers(0, 2**40),
             },
         ),
-        "selection": st.fixed_dictionaries({"budget": st.integers(1, 10)}),
+        "selection": st.fixed_dictionaries({"budget": st.integers(1, 10)})
+        | st.lists(st.integers(0, 9), min_size=1, unique=True).map(
+            lambda samples: {"selector": "given", "samples": samples, "budget": len(samples)}
+        ),
     },
     optional={
         "statistics": st.fixed_dictionaries({"skip_tokens": st.integers(0, 8)}),
-        "outliers": st.fixed_dictionaries({"k": st.floats(1e-300, 1e300)}),
+        "outliers": st.fixed_dictionaries({"k": st.floats(1e-300, 1e300)}, optional={"rule": st.just("mad")})
+        | st.fixed_dictionaries(
+            {"rule": st.just("quantile"), "k": st.floats(0.5, 0.999), "weighting": st.sampled_from(list(WEIGHTINGS))},
+            optional={"adaptive": st.booleans(), "adaptive_k": st.floats(0.1, 0.4)},
+        ).filter(lambda fields: "adaptive_k" in fields or not fields.get("adaptive")),
         "quantization": st.fixed_dictionaries(
             {"group_size": st.none() | st.integers(1, 512), "damping": st.floats(0, 1e300)}
         ),

@@ -6,33 +6,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covercal.coverage import greedy_cover
-from covercal.selectors.registry import SELECTORS, Evidence, selector
+from covercal.selectors.registry import Evidence, selector
 
 
 def evidence(seed: int = 0, samples: int = 20, channels: int = 30) -> Evidence:
     generator = np.random.default_rng(seed)
-    return Evidence(samples, generator.random((samples, channels)) < 0.1, generator.random(channels))
+    return Evidence(samples, coverage=generator.random((samples, channels)) < 0.1, weights=generator.random(channels))
 
 
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", ["coverage", "random"])
 def test_an_order_is_a_permutation_of_the_pool(name: str) -> None:
     assert sorted(selector(name).order(evidence(), 20, seed=3).samples.tolist()) == list(range(20))
 
 
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", ["coverage", "random"])
 def test_a_smaller_extent_is_a_prefix(name: str) -> None:
     whole = selector(name).order(evidence(), 20, seed=3).samples
     for extent in range(21):
         np.testing.assert_array_equal(selector(name).order(evidence(), extent, seed=3).samples, whole[:extent])
 
 
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", ["coverage", "random"])
 def test_a_selector_says_truly_whether_its_seed_matters(name: str) -> None:
     orders = {tuple(selector(name).order(evidence(), 20, seed).samples.tolist()) for seed in range(5)}
     assert (len(orders) > 1) == selector(name).seeded
 
 
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", ["coverage", "random"])
 def test_samples_are_int64_indices(name: str) -> None:
     assert selector(name).order(evidence(), 7, seed=0).samples.dtype == np.int64
 

@@ -48,18 +48,37 @@ def oracle(decoder: Decoder, sequences: Sequences, skip: int, sites: str = "line
     for sequence in sequences:
         seen = seen_inputs(decoder, sequence)
         chosen = [s for s in decoder.sites if sites == "linear_inputs" or s.order == 0]
-        columns = [np.abs(seen[decoder.full_name(s, s.linears[-1])][skip:]) for s in chosen]
-        rows.append([np.concatenate([reduce(x) for x in columns]) for reduce in REDUCTIONS])
-    peak, energy, absolute, square = (np.stack(each) for each in zip(*rows, strict=True))
+        inputs = [seen[decoder.full_name(s, s.linears[-1])][skip:] for s in chosen]
+        reduced = [np.concatenate([reduce(np.abs(x)) for x in inputs]) for reduce in REDUCTIONS]
+        means = [x.mean(axis=0) for x, site in zip(inputs, chosen, strict=True) if site.order == 0]
+        directions = np.concatenate([mean / np.linalg.norm(mean) for mean in means])
+        whole = [np.array([reduce(x) for x in inputs]) for reduce in (np.var, lambda x: np.abs(x).mean())]
+        rows.append([*reduced, *whole, directions])
+    peak, energy, absolute, square, variance, magnitude, directions = (
+        np.stack(each) for each in zip(*rows, strict=True)
+    )
     return {
         "peak": peak,
         "energy": energy,
+        "variance": variance,
+        "magnitude": magnitude,
+        "directions": directions,
+        "sketch": directions @ np.concatenate([projection(block) for block in range(BLOCKS)]),
         "absolute_sum": absolute.sum(axis=0),
         "square_sum": square.sum(axis=0),
         "tokens": sum(s.size - skip for s in sequences),
     }
 
 
+def projection(block: int, channels: int = WIDTH) -> Floats:
+    """Return the Gaussian matrix of a block, (channels, 64): one for all pools, so that sketches of two compare."""
+    drawn = np.random.default_rng([0, block]).standard_normal((channels, 64), dtype=np.float32)
+    return drawn.astype(np.float64) / 8
+
+
+FIELDS = ("peak", "energy", "variance", "magnitude", "sketch", "absolute_sum", "square_sum")
+OF_SAMPLES = FIELDS[:5]
+every_field = pytest.mark.parametrize("field", FIELDS)
 REDUCTIONS: tuple[Callable[[Floats], Floats], ...] = (
     lambda x: x.max(axis=0),
     lambda x: (x**2).mean(axis=0),
@@ -82,7 +101,7 @@ def captured(
 
 
 @every_architecture
-@pytest.mark.parametrize("field", ["peak", "energy", "absolute_sum", "square_sum"])
+@every_field
 def test_statistics_are_those_of_each_sample_alone(field: str, architecture: str) -> None:
     decoder = make_decoder(tiny_model(architecture))
     expected = oracle(decoder, MIXED, 1)[field]
@@ -91,7 +110,7 @@ def test_statistics_are_those_of_each_sample_alone(field: str, architecture: str
 
 
 @pytest.mark.parametrize("skip", [0, 1, 3])
-@pytest.mark.parametrize("field", ["peak", "energy", "absolute_sum", "square_sum", "tokens"])
+@pytest.mark.parametrize("field", [*FIELDS, "tokens"])
 def test_skipped_tokens_do_not_count(field: str, skip: int) -> None:
     decoder = make_decoder(tiny_model())
     expected = oracle(decoder, MIXED, skip)[field]
@@ -111,6 +130,28 @@ def test_linear_inputs_have_one_column_for_every_channel_of_every_site() -> None
     assert found.peak.shape == found.energy.shape == (len(MIXED), BLOCKS * (3 * WIDTH + INNER))
 
 
+@pytest.mark.parametrize(("sites", "count"), [("linear_inputs", 4 * BLOCKS), ("block_inputs", BLOCKS)])
+def test_variance_and_magnitude_have_one_column_for_every_site(sites: str, count: int) -> None:
+    found = captured(make_decoder(tiny_model()), MIXED, sites=sites)
+    assert found.variance.shape == found.magnitude.shape == (len(MIXED), count)
+
+
+def test_a_variance_is_never_negative() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(1.0)  # what enters the first block is the same everywhere
+    found = captured(make_decoder(model), [*MIXED, *random_tokens(1, 300)])
+    np.testing.assert_allclose(found.variance[:, 0], 0, atol=1e-5)
+    assert (found.variance >= 0).all()
+
+
+def test_neither_the_variance_nor_the_squared_magnitude_exceeds_the_mean_square() -> None:
+    found = captured(make_decoder(tiny_model()), MIXED)
+    mean_square = found.energy[:, :WIDTH].mean(axis=1, dtype=np.float64)
+    assert (found.variance[:, 0] <= mean_square * (1 + 1e-6)).all()
+    assert (found.magnitude[:, 0] ** 2 <= mean_square * (1 + 1e-6)).all()
+
+
 def test_a_sample_that_peaks_in_its_first_token_only_loses_that_peak_when_it_is_skipped() -> None:
     model = tiny_model()
     with torch.no_grad():
@@ -124,11 +165,74 @@ def test_a_sample_that_peaks_in_its_first_token_only_loses_that_peak_when_it_is_
     assert without < with_first / 2
 
 
+# --- sketches ------------------------------------------------------------------------------------------------------
+
+
+def distortion(sketch: Floats, inner: Floats, blocks: int) -> Floats:
+    """Return by how much inner products of sketches miss those of the whole, in standard deviations.
+
+    For vectors of length sqrt(blocks), the projection to 64 numbers has variance (blocks**2 + inner**2) / 64.
+    """
+    wide = sketch.astype(np.float64)
+    return (wide @ wide.T - inner) / np.sqrt((blocks**2 + inner**2) / 64)
+
+
+def test_inner_products_of_sketches_are_the_sums_of_cosines_as_far_as_64_numbers_can_tell() -> None:
+    decoder, samples = make_decoder(tiny_model()), random_tokens(40, 8, 3)
+    directions = oracle(decoder, samples, 1)["directions"]
+    missed = distortion(captured(decoder, samples).sketch, directions @ directions.T, BLOCKS)
+    assert np.abs(missed).max() < 5
+    assert np.sqrt((missed**2).mean()) < 1.5
+
+
+@pytest.mark.parametrize("common", [0.0, 0.7, 3.0])
+def test_sketches_of_wide_blocks_keep_sums_of_cosines_within_johnson_and_lindenstrauss(common: float) -> None:
+    generator, blocks = np.random.default_rng(1), 6
+    sketch, inner = np.zeros((60, 64)), np.zeros((60, 60))
+    for block in range(blocks):
+        sums = (generator.standard_normal((60, 700)) + common * generator.standard_normal(700)).astype(np.float32)
+        directions = sums / np.linalg.norm(sums.astype(np.float64), axis=1, keepdims=True)
+        sketch += statistics._projected(sums, block)
+        inner += directions @ directions.T
+    missed = distortion(sketch, inner, blocks)
+    assert np.abs(missed).max() < 5
+    assert np.sqrt((missed**2).mean()) < 1.5
+
+
+def test_a_sketch_is_made_of_the_first_sites_of_the_blocks_alone() -> None:
+    decoder = make_decoder(tiny_model())
+    of_blocks, of_linears = (captured(decoder, MIXED, sites=s).sketch for s in ("block_inputs", "linear_inputs"))
+    assert of_blocks.shape == (len(MIXED), 64)
+    np.testing.assert_array_equal(of_blocks, of_linears)
+
+
+def test_every_block_has_a_projection_of_its_own() -> None:
+    sums = np.random.default_rng(0).standard_normal((1, 500)).astype(np.float32)
+    first, second = (statistics._projected(sums, block)[0].astype(np.float64) for block in (0, 1))
+    assert np.abs(first @ second) < 0.5 * np.linalg.norm(first) * np.linalg.norm(second)
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**60])
+def test_the_length_of_a_mean_token_does_not_count(scale: float) -> None:
+    sums = np.random.default_rng(0).standard_normal((5, 90)).astype(np.float32)
+    plain, scaled = (statistics._projected(sums * np.float32(factor), 2) for factor in (1.0, scale))
+    np.testing.assert_allclose(scaled, plain, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(statistics._projected(-sums, 2), -plain, rtol=1e-6, atol=1e-7)
+
+
+def test_a_block_whose_mean_token_is_zero_adds_nothing() -> None:
+    sums = np.random.default_rng(0).standard_normal((3, 20)).astype(np.float32)
+    sums[1] = 0
+    found = statistics._projected(sums, 0)
+    assert (found[1] == 0).all()
+    np.testing.assert_allclose(found[[0, 2]], statistics._projected(sums[[0, 2]], 0), rtol=1e-6, atol=1e-7)
+
+
 # --- batching ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", [1, 24, 10_000])
-@pytest.mark.parametrize("field", ["peak", "energy", "absolute_sum", "square_sum"])
+@every_field
 def test_the_size_of_batches_does_not_matter(field: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder(tiny_model())
     expected = getattr(captured(decoder, MIXED), field)
@@ -138,10 +242,19 @@ def test_the_size_of_batches_does_not_matter(field: str, limit: int, monkeypatch
 
 def test_rows_stay_with_their_samples_when_lengths_are_mixed() -> None:
     decoder = make_decoder(tiny_model())
-    turned = list(reversed(MIXED))
-    np.testing.assert_allclose(
-        captured(decoder, turned).peak[::-1], captured(decoder, MIXED).peak, rtol=1e-5, atol=1e-6
-    )
+    turned, plain = captured(decoder, list(reversed(MIXED))), captured(decoder, MIXED)
+    for field in OF_SAMPLES:
+        np.testing.assert_allclose(getattr(turned, field)[::-1], getattr(plain, field), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("field", OF_SAMPLES)
+def test_a_sample_has_the_same_statistics_in_another_pool(field: str) -> None:
+    decoder = make_decoder(tiny_model())
+    others = [*random_tokens(5, 12, 8), *random_tokens(2, 30, 9)]
+    alone = [getattr(captured(decoder, [sample]), field)[0] for sample in MIXED]
+    np.testing.assert_allclose(getattr(captured(decoder, MIXED), field), alone, rtol=1e-5, atol=1e-6)
+    found = getattr(captured(decoder, [*others, *MIXED]), field)[len(others) :]
+    np.testing.assert_allclose(found, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_sums_over_shards_add_up_to_the_whole() -> None:
@@ -155,7 +268,7 @@ def test_sums_over_shards_add_up_to_the_whole() -> None:
 def test_two_captures_give_the_same_bytes() -> None:
     decoder = make_decoder(tiny_model())
     first, second = captured(decoder, MIXED), captured(decoder, MIXED)
-    for field in ("peak", "energy", "absolute_sum", "square_sum"):
+    for field in FIELDS:
         assert getattr(first, field).tobytes() == getattr(second, field).tobytes()
 
 
@@ -167,7 +280,7 @@ def test_progress_counts_every_sample_once() -> None:
 
 def test_dtypes_are_as_promised() -> None:
     found = captured(make_decoder(tiny_model().to(torch.bfloat16)), MIXED)
-    assert (found.peak.dtype, found.energy.dtype) == (np.float32, np.float32)
+    assert {getattr(found, field).dtype for field in OF_SAMPLES} == {np.dtype(np.float32)}
     assert (found.absolute_sum.dtype, found.square_sum.dtype) == (np.float64, np.float64)
 
 

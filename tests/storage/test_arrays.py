@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from storage.arrays import CHUNK_COLUMNS, read_array, write_array
+from storage.arrays import CHUNK_COLUMNS, Columns, read_array, write_array
 from storage.errors import StorageError
 
 WIDE = 2 * CHUNK_COLUMNS + 5
@@ -151,3 +152,90 @@ def test_a_chunk_file_cut_short_is_an_error(tmp_path: Path, lost: int) -> None:
     shard.write_bytes(shard.read_bytes()[:-lost])
     with pytest.raises((ValueError, StorageError)):
         read_array(tmp_path / "array")
+
+
+# --- several arrays by columns -------------------------------------------------------------------------------------
+
+
+def written(folder: Path, heights: list[int], width: int, dtype: str = "float32") -> tuple[list[Path], np.ndarray]:
+    """Write arrays of these heights; return where they lie, and all their rows."""
+    values = np.random.default_rng(width).integers(1, 10**6, (sum(heights), width)).astype(dtype)
+    paths = [folder / str(index) for index in range(len(heights))]
+    for path, part in zip(paths, np.split(values, np.cumsum(heights)[:-1]), strict=True):
+        write_array(path, part)
+    return paths, values
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], np.ndarray]:
+    """Three stored arrays of 4, 1 and 7 rows and 23 columns in chunks of 5, and all their rows."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("storage.arrays.CHUNK_COLUMNS", 5)
+        return written(tmp_path_factory.mktemp("unequal"), [4, 1, 7], 23)
+
+
+@given(ends=st.tuples(st.integers(0, 23), st.integers(0, 23)).map(sorted))
+def test_a_range_of_columns_holds_the_rows_of_all_arrays(
+    unequal: tuple[list[Path], np.ndarray], ends: list[int]
+) -> None:
+    paths, values = unequal
+    found = Columns(paths).read(*ends)
+    np.testing.assert_array_equal(found, values[:, slice(*ends)], strict=True)
+
+
+def test_the_arrays_of_that_fixture_have_several_chunks(unequal: tuple[list[Path], np.ndarray]) -> None:
+    assert {zarr.open_array(path).chunks[1] for path in unequal[0]} == {5}
+
+
+@pytest.mark.parametrize("step", [1000, CHUNK_COLUMNS, CHUNK_COLUMNS + 1, WIDE])
+def test_columns_next_to_each_other_make_up_the_whole(tmp_path: Path, step: int) -> None:
+    paths, values = written(tmp_path, [2, 3], WIDE)
+    together = Columns(paths)
+    parts = [together.read(start, min(start + step, WIDE)) for start in range(0, WIDE, step)]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), values)
+
+
+def test_several_arrays_have_the_rows_of_all_and_the_width_of_each(unequal: tuple[list[Path], np.ndarray]) -> None:
+    together = Columns(unequal[0])
+    assert (together.rows, together.width) == (12, 23)
+
+
+def test_no_array_has_no_rows_and_no_columns() -> None:
+    none = Columns([])
+    assert (none.rows, none.width) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8", "int64"])
+def test_several_arrays_keep_their_type(tmp_path: Path, dtype: str) -> None:
+    paths, values = written(tmp_path, [2, 1], 9, dtype)
+    np.testing.assert_array_equal(Columns(paths).read(3, 8), values[:, 3:8], strict=True)
+
+
+def test_another_order_of_arrays_is_another_order_of_rows(unequal: tuple[list[Path], np.ndarray]) -> None:
+    paths, values = unequal
+    turned = np.concatenate([values[5:], values[4:5], values[:4]])
+    np.testing.assert_array_equal(Columns(paths[::-1]).read(4, 16), turned[:, 4:16])
+
+
+def test_arrays_of_different_widths_are_refused(tmp_path: Path) -> None:
+    for width in (4, 5):
+        write_array(tmp_path / str(width), numbers(2, width))
+    with pytest.raises(StorageError, match=r"different widths: \[4, 5\]"):
+        Columns([tmp_path / "4", tmp_path / "5"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_an_array_without_its_shard_is_refused_by_its_path(tmp_path: Path, dtype: str, lost: int) -> None:
+    paths, _ = written(tmp_path, [2, 2], 5, dtype)
+    shards(paths[lost])[0].unlink()
+    with pytest.raises(StorageError, match=rf"Array {paths[lost]} lacks a chunk"):
+        Columns(paths)
+
+
+def test_a_chunk_that_is_gone_is_an_error_when_its_columns_are_read(tmp_path: Path) -> None:
+    paths, _ = written(tmp_path, [2, 2], 5)
+    together = Columns(paths)
+    shards(paths[1])[0].unlink()  # behind its back: the fill value is NaN, which is never stored
+    with pytest.raises(StorageError, match=rf"Array {paths[1]} lacks a chunk"):
+        together.read(1, 3)

@@ -28,44 +28,8 @@ from storage.testing import CONTRADICTIONS, FILES, OTHERS, STAGE, StoreTests, re
 from tests.storage.faults import PATIENCE, as_ordinary_user, snapshot
 from tests.storage.s3 import BUCKET, S3Server, s3_server, use_s3
 
+
 # (class, test) or parts of them: why it does not hold yet. Who makes it hold deletes the line.
-NOT_YET = {
-    ("TestLocal", "test_a_folder_that_appears_while_it_is_looked_up_is_no_damage"): "the manifest is not read again",
-    ("TestLocal", "test_who_looks_while_another_commits"): "sometimes: as above",
-    ("", "[nested without end]"): "RecursionError is not one of MANIFEST_FAULTS",
-    ("TestMemory", "sizes_are_no_whole_numbers_is_refused[1"): "a size need only look like a whole number",
-    ("TestSharedFolder", "sizes_are_no_whole_numbers_is_refused[1"): "as above",
-    ("TestS3", "sizes_are_no_whole_numbers_is_refused[1"): "as above",
-    ("", "test_a_listing_ignores_what_others_put_there[objects/pool/zz/"): "the folder KK is not compared with the key",
-    ("", "test_a_listing_ignores_what_others_put_there[objects/No-Stage/"): "the stage is not checked",
-    ("TestLocal", "test_a_listing_ignores_what_others_put_there[objects/pool/aa/backup/"): "any folder is listed",
-    ("TestLocal", "test_a_listing_ignores_what_others_put_there[objects/pool/aa/AAAA"): "any folder is listed",
-    ("TestLocal", f"test_a_listing_ignores_what_others_put_there[objects/pool/aa/{'a' * 64}.bak/"): "as above",
-    ("TestLocal", "test_a_listing_skips_what_cannot_be_read[of another"): "a listing does not compare key and folder",
-    ("TestLocal", "test_verify_names_every_file_that_is_not_as_it_was[cut]"): "verify stops at a fault of look_up",
-    ("TestLocal", "test_verify_names_every_file_that_is_not_as_it_was[emptied]"): "as above",
-    ("TestLocal", "test_verify_names_every_file_that_is_not_as_it_was[grown]"): "as above",
-    ("TestLocal", "test_verify_names_every_file_that_is_not_as_it_was[deleted]"): "as above",
-    ("TestLocal", "test_a_file_that_may_not_be_read_is_no_damage[fetch]"): "a bare PermissionError",
-    ("TestLocal", "test_a_place_that_is_no_folder_is_no_miss"): "it is a miss",
-    ("TestLocal", "test_a_commit_that_cannot_write_says_so"): "a bare NotADirectoryError",
-    ("", "test_a_name_that_no_artifact_can_have_is_damage"): "such names are not refused",
-    ("", "test_a_name_that_is_a_file_and_a_folder_is_damage"): "such names are not refused",
-    ("", "test_a_manifest_with_a_field_of_another_kind_is_damaged"): "the kinds of fields are not checked",
-    ("", "test_a_cache_that_goes_away_is_no_miss"): "the marker is read once in the life of a process",
-    ("TestSharedFolder", "test_files_may_have_any_name[sharp#1]"): "obstore refuses the name in a folder",
-    ("TestSharing", "test_a_repair_that_is_cut_short_is_made_up_for"): "send_unsent does not replace",
-}
-
-
-@pytest.fixture(autouse=True)
-def _not_yet(request: pytest.FixtureRequest) -> None:
-    """Expect what is known not to hold yet to fail."""
-    for (place, test), reason in NOT_YET.items():
-        if place in request.cls.__name__ and test in request.node.name:
-            request.applymarker(pytest.mark.xfail(reason=reason, strict=not reason.startswith("sometimes")))
-
-
 @pytest.fixture(autouse=True)
 def _no_power_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what only a power cut needs: hundreds of flushes take as long as the disk of the day likes."""
@@ -411,21 +375,26 @@ class RemoteTests(RemotePlace, StoreTests):
         self.put(second, OTHERS, replace=True)
         assert self.fetched(backend, first) == (FILES, [])
 
+    @pytest.mark.parametrize("before", ["nothing", "a manifest that cannot be read", "an artifact without its files"])
     def test_who_loses_by_a_moment_is_told_the_winner(
-        self, backend: RemoteObjects, second: RemoteObjects, monkeypatch: pytest.MonkeyPatch
+        self, backend: RemoteObjects, second: RemoteObjects, before: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        manifest, folder = self.made()
-        winner = []
+        manifest, folder = self.made({"values.bin": b"of who loses"})
+        if before == "a manifest that cannot be read":
+            self.write_behind(self.manifest_behind(manifest), b"{")
+        elif before == "an artifact without its files":
+            self.alter(self.put(backend), "values.bin", "deleted")
+        winner: list[Manifest] = []
         send = RemoteObjects._send_files
 
         def send_while_another_commits(*arguments: Any) -> None:
             send(*arguments)
-            if not winner:
-                winner.append(None)
-                winner[0] = self.put(second, OTHERS)
+            monkeypatch.setattr(RemoteObjects, "_send_files", send)
+            winner.append(self.put(second, OTHERS))
 
         monkeypatch.setattr(RemoteObjects, "_send_files", send_while_another_commits)
-        assert backend.commit(manifest, folder) == winner[0]
+        assert [backend.commit(manifest, folder)] == winner
+        assert backend.look_up(STAGE, manifest.key).manifest == winner[0]
         assert self.fetched(backend, winner[0]) == (OTHERS, [])
 
     def test_who_may_not_write_reads(self, backend: RemoteObjects) -> None:

@@ -248,15 +248,20 @@ def test_many_processes_that_claim_at_once_lose_no_key(root: Path) -> None:
 
 
 def test_no_key_is_noted_while_somebody_deletes(root: Path) -> None:
-    with Claims(root).removing() as keys:
-        process = start_python(USER, root, KEY)
+    process = start_python(CLAIMER, root, 1, 1)
+    try:
+        assert process.stdout.readline() == "ready\n"
         noted = threading.Event()
         threading.Thread(target=lambda: process.stdout.readline() and noted.set(), daemon=True).start()
-        assert not noted.wait(1.5)
-        assert keys == frozenset()
-    assert noted.wait(PATIENCE)
-    assert used(root) == {KEY}
-    end(process)
+        with Claims(root).removing() as keys:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            assert not noted.wait(0.5)
+            assert (keys, notes(root)) == (frozenset(), [])
+        assert noted.wait(PATIENCE)
+        assert len(used(root)) == 2
+    finally:
+        end(process)
 
 
 @pytest.mark.parametrize(("claimed", "alone"), [((), True), ((KEY,), False), ((OTHER,), True), ((OTHER, KEY), False)])

@@ -14,7 +14,7 @@ from storage.arrays import read_array
 from storage.artifacts import ArtifactStore
 from storage.manifest import Decision, Outcome, Ref
 from storage.tables import read_table
-from tasks.capture import CHANNELS, ENERGY, PEAK, Shard, capture_shard, pool_shards
+from tasks.capture import CHANNELS, ENERGY, MAGNITUDE, PEAK, SKETCH, VARIANCE, Shard, capture_shard, pool_shards
 from tasks.identities import ModelIdentity, TokenizerIdentity, identify_model, identify_text
 from tasks.pool import make_pool, sample_tokens
 from tests import tiny
@@ -92,11 +92,23 @@ def test_peak_and_energy_are_those_of_the_shards_samples(world: World, place: in
     np.testing.assert_array_equal(read_array(folder / ENERGY), expected.energy)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_variance_magnitude_and_sketch_are_those_of_the_shards_samples(world: World, place: int) -> None:
+    shard = world.shards()[place]
+    folder = world.store.path(world.capture(shard).ref)
+    expected = world.measured(shard)
+    np.testing.assert_array_equal(read_array(folder / VARIANCE), expected.variance, strict=True)
+    np.testing.assert_array_equal(read_array(folder / MAGNITUDE), expected.magnitude, strict=True)
+    np.testing.assert_array_equal(read_array(folder / SKETCH), expected.sketch, strict=True)
+
+
 @pytest.mark.parametrize("settings", [{"skip_tokens": 0}, {"skip_tokens": 5}, {"sites": "block_inputs"}])
 def test_sites_and_skipped_tokens_are_as_asked(world: World, settings: dict[str, Any]) -> None:
     shard = world.shards()[0]
     folder = world.store.path(world.capture(shard, **settings).ref)
-    np.testing.assert_array_equal(read_array(folder / PEAK), world.measured(shard, **settings).peak)
+    expected = world.measured(shard, **settings)
+    for name, values in ((PEAK, expected.peak), (VARIANCE, expected.variance), (SKETCH, expected.sketch)):
+        np.testing.assert_array_equal(read_array(folder / name), values)
 
 
 def test_sums_and_token_counts_are_kept_for_every_channel(world: World) -> None:

@@ -2,29 +2,48 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from covercal.recipe import Model, TextSource
-from covercal.selectors.registry import SELECTORS
+from covercal.recipe import Model, Selection, TextSource
+from covercal.selectors.registry import SELECTORS, Evidence, Order
+from covercal.selectors.registry import selector as named_selector
+from storage.arrays import read_array, write_array
 from storage.artifacts import ArtifactStore
 from storage.manifest import Outcome, Ref
-from storage.tables import read_table
+from storage.tables import read_table, write_table
 from tasks.cached import Build
-from tasks.capture import capture_shard, pool_shards
+from tasks.capture import CHANNELS, ENERGY, MAGNITUDE, SKETCH, VARIANCE, capture_shard, pool_shards
 from tasks.identities import TokenizerIdentity, identify_model, identify_text
-from tasks.pool import make_pool
-from tasks.select import ORDER, chosen_samples, extent, gains, order_samples, selection_inputs
+from tasks.losses import LOSSES, sample_losses
+from tasks.pool import make_pool, sample_columns
+from tasks.select import ORDER, chosen_samples, extent, gains, order_samples, selection_inputs, site_energies
 from tasks.thresholds import coverage_matrix, find_outliers
 from tests import tiny
 
 SAMPLES = 24
-ANY_POOL, ANY_OUTLIERS = Ref("pool", "1" * 64), Ref("outliers", "2" * 64)
+SHARD_SAMPLES = 10  # the last shard is shorter
+ANY = {
+    "pool": Ref("pool", "1" * 64),
+    "outliers": Ref("outliers", "2" * 64),
+    "statistics": (Ref("statistics", "3" * 64), Ref("statistics", "4" * 64)),
+    "losses": (Ref("losses", "5" * 64), Ref("losses", "6" * 64)),
+}
+NESTED = sorted(name for name in SELECTORS if named_selector(name).nested)
+SINGLE = sorted(set(SELECTORS) - set(NESTED))
+every_selector = pytest.mark.parametrize("selector", sorted(SELECTORS))
+
+
+def wanted(selector: str, budget: int = 4, seed: int = 0, samples: int = SAMPLES) -> Selection:
+    """Return the selection of a recipe; `given` gets the pool backwards."""
+    given = tuple(reversed(range(samples))) if selector == "given" else ()
+    return Selection(selector=selector, budget=budget, seed=seed, samples=given)
 
 
 @dataclass
@@ -34,17 +53,29 @@ class World:
     store: ArtifactStore
     pool: Ref
     statistics: tuple[Ref, ...]
+    losses: tuple[Ref, ...]
 
-    def outliers(self, k: float) -> Ref:
+    def outliers(self, k: float = 4.0) -> Ref:
         inputs = {"statistics": self.statistics, "rule": "sigma", "k": k, "weighting": "full"}
-        return find_outliers.run(self.store, "outliers", inputs).ref
+        return find_outliers.run(self.store, "outliers", {**inputs, "lowered": (), "lowered_k": None}).ref
+
+    def parts(self, k: float = 4.0) -> dict[str, Any]:
+        parts = {"pool": self.pool, "outliers": self.outliers(k), "statistics": self.statistics}
+        return {**parts, "losses": self.losses}
 
     def coverage(self, k: float) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
         return coverage_matrix(self.store, self.outliers(k))
 
     def select(self, selector: str, *, k: float = 4.0, budget: int = 4, seed: int = 0) -> Outcome:
-        inputs = selection_inputs(selector, self.pool, self.outliers(k), budget, SAMPLES, seed)
+        inputs = selection_inputs(wanted(selector, budget, seed), SAMPLES, **self.parts(k))
         return order_samples.run(self.store, "selection", inputs)
+
+    def columns(self, refs: tuple[Ref, ...], name: str) -> npt.NDArray[Any]:
+        """Return an array of the statistics over all samples."""
+        return np.concatenate([read_array(self.store.path(ref) / name) for ref in refs])
+
+    def all_losses(self) -> npt.NDArray[np.float64]:
+        return np.concatenate([read_table(self.store.path(ref) / LOSSES)["loss"].to_numpy() for ref in self.losses])
 
     def chosen(self, selector: str, budget: int, **settings: Any) -> list[int]:
         made = self.select(selector, budget=budget, **settings)
@@ -58,19 +89,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     store = ArtifactStore(tmp_path_factory.mktemp("cache"))
     model = identify_model(Model(source=str(files / "model")), store)
     source = identify_text(TextSource(path=str(files / "pool.jsonl"), domain="domain"), store)
-    wanted = {"lengths": (16,), "packing": "join", "samples": SAMPLES, "seed": 0}
+    settings = {"lengths": (16, 24), "packing": "join", "samples": SAMPLES, "seed": 0}
     texts = {"sources": (source,), "tokenizer": TokenizerIdentity(model), "imported": None}
-    pool = make_pool.run(store, "pool", texts | wanted).ref
-    settings = {"sites": "linear_inputs", "skip_tokens": 1, "dtype": "float32", "device": "cpu"}
-    inputs = {"model": model, "imported": None, "pool": pool} | settings
-    shards = pool_shards(store, pool, 8)
-    refs = [capture_shard.run(store, "statistics", {**inputs, "shard": shard}).ref for shard in shards]
-    return World(store, pool, tuple(refs))
+    pool = make_pool.run(store, "pool", texts | settings).ref
+    place = {"model": model, "imported": None, "pool": pool, "dtype": "float32", "device": "cpu"}
+    shards = pool_shards(store, pool, SHARD_SAMPLES)
+    measured = {"sites": "linear_inputs", "skip_tokens": 1}
+    refs = [capture_shard.run(store, "statistics", {**place, **measured, "shard": shard}).ref for shard in shards]
+    losses = [sample_losses.run(store, "losses", {**place, "shard": shard}).ref for shard in shards]
+    return World(store, pool, tuple(refs), tuple(losses))
 
 
-def request_key(selector: str, **changed: Any) -> str:
-    inputs = {"pool": ANY_POOL, "outliers": ANY_OUTLIERS, "budget": 4, "samples": 512, "seed": 0} | changed
-    return order_samples.request(selection_inputs(selector, **inputs)).key
+def request_key(selector: str, budget: int = 4, seed: int = 0, **changed: Any) -> str:
+    inputs = selection_inputs(wanted(selector, budget, seed, 512), 512, **(ANY | changed))
+    return order_samples.request(inputs).key
 
 
 # --- extent --------------------------------------------------------------------------------------------------------
@@ -105,59 +137,102 @@ def test_an_order_of_its_own_extent_is_not_extended_again(sizes: tuple[int, int]
 # --- keys ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("selector", sorted(SELECTORS))
+@pytest.mark.parametrize("selector", NESTED)
 def test_budgets_share_one_order(selector: str) -> None:
-    assert len({request_key(selector, budget=budget) for budget in (1, 4, 100, 512)}) == 1
+    assert len({request_key(selector, budget) for budget in (1, 4, 100, 512)}) == 1
 
 
-@pytest.mark.parametrize("selector", sorted(SELECTORS))
-def test_another_pool_has_another_order(selector: str) -> None:
-    assert request_key(selector) != request_key(selector, pool=Ref("pool", "9" * 64))
+@pytest.mark.parametrize("selector", SINGLE)
+def test_where_budgets_are_no_prefixes_each_has_an_order_of_its_own_extent(selector: str) -> None:
+    assert len({request_key(selector, budget) for budget in (1, 4, 100, 512)}) == 4
+    for budget in (1, 4, 512):
+        assert selection_inputs(wanted(selector, budget), 512, **ANY)["extent"] == budget
 
 
-def test_the_seed_changes_the_key_of_a_random_order() -> None:
-    assert len({request_key("random", seed=seed) for seed in range(5)}) == 5
+def test_cola_chooses_anew_for_each_budget() -> None:
+    assert "cola" in SINGLE
 
 
-def test_the_seed_does_not_change_the_key_of_a_coverage_order() -> None:
-    assert len({request_key("coverage", seed=seed) for seed in range(5)}) == 1
+@every_selector
+def test_the_seed_counts_only_where_the_order_depends_on_it(selector: str) -> None:
+    keys = {request_key(selector, seed=seed) for seed in range(5)}
+    assert len(keys) == (5 if named_selector(selector).seeded else 1)
 
 
-def test_other_outliers_change_the_key_of_a_coverage_order_and_not_of_a_random_one() -> None:
-    other = Ref("outliers", "9" * 64)
-    assert request_key("coverage") != request_key("coverage", outliers=other)
-    assert request_key("random") == request_key("random", outliers=other)
+@pytest.mark.parametrize("part", ["pool", "outliers", "statistics", "losses"])
+@every_selector
+def test_of_what_was_measured_only_what_a_selector_reads_counts(selector: str, part: str) -> None:
+    here = ANY[part]
+    other = Ref(part, "9" * 64) if isinstance(here, Ref) else (here[0], Ref(part, "9" * 64))
+    read = part == "pool" or part in named_selector(selector).reads
+    assert (request_key(selector) != request_key(selector, **{part: other})) == read
 
 
-def test_a_random_order_reads_no_outliers(world: World) -> None:
-    manifest = world.store.manifest(world.select("random").ref)
-    assert manifest.inputs == [asdict(world.pool)]
-    assert manifest.material["outliers"] is None
+def test_the_order_of_shards_is_in_the_key() -> None:
+    turned = ANY["statistics"][::-1]
+    assert request_key("k_center") != request_key("k_center", statistics=turned)
 
 
-def test_a_coverage_order_lists_pool_and_outliers_as_its_inputs(world: World) -> None:
-    manifest = world.store.manifest(world.select("coverage").ref)
-    assert manifest.inputs == [asdict(world.pool), asdict(world.outliers(4.0))]
-    assert manifest.material["selection.seed"] is None
+def test_given_samples_are_in_the_key_and_their_number_is_the_extent() -> None:
+    lists = [(3, 1, 2), (1, 2, 3), (3, 1, 2, 0), (3, 1)]
+    inputs = [selection_inputs(Selection(selector="given", budget=2, samples=each), 24, **ANY) for each in lists]
+    assert [each["extent"] for each in inputs] == [3, 3, 4, 2]
+    assert len({order_samples.request(each).key for each in inputs}) == 4
+
+
+def test_selectors_share_no_order() -> None:
+    assert len({request_key(selector) for selector in SELECTORS}) == len(SELECTORS)
+
+
+@every_selector
+def test_the_manifest_of_an_order_lists_what_its_selector_reads(world: World, selector: str) -> None:
+    manifest = world.store.manifest(world.select(selector).ref)
+    reads = named_selector(selector).reads
+    parts = [each for name, each in world.parts().items() if name in {"pool", *reads}]
+    refs = [ref for part in parts for ref in ([part] if isinstance(part, Ref) else part)]
+    assert manifest.inputs == [asdict(ref) for ref in refs]
+    assert {name for name in ("outliers", "statistics", "losses") if manifest.material[name] is not None} == reads
+
+
+def test_the_manifest_names_settings_as_a_recipe_does(world: World) -> None:
+    material = world.store.manifest(world.select("random", seed=3).ref).material
+    settings = {name: value for name, value in material.items() if name.startswith("selection.")}
+    expected = {"selection.selector": "random", "selection.budget (ordered)": SAMPLES, "selection.seed": 3}
+    assert settings == expected | {"selection.samples": None}
 
 
 # --- orders --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("selector", sorted(SELECTORS))
+@pytest.mark.parametrize("selector", NESTED)
 def test_a_budget_chooses_a_prefix_of_what_a_larger_one_does(world: World, selector: str) -> None:
     orders = [world.chosen(selector, budget) for budget in range(1, SAMPLES + 1)]
     assert all(longer[:-1] == shorter for shorter, longer in pairwise(orders))
 
 
-@pytest.mark.parametrize("selector", sorted(SELECTORS))
+@pytest.mark.parametrize("budget", [1, 3, SAMPLES])
+@every_selector
+def test_a_budget_chooses_that_many_samples_of_the_pool(world: World, selector: str, budget: int) -> None:
+    chosen = world.chosen(selector, budget)
+    assert len(set(chosen)) == budget
+    assert set(chosen) <= set(range(SAMPLES))
+
+
+@pytest.mark.parametrize("selector", SINGLE)
+def test_an_order_of_one_budget_holds_no_more_than_it(world: World, selector: str) -> None:
+    made = world.select(selector, budget=5)
+    assert made.info == {"samples": SAMPLES, "ordered": 5}
+    assert read_table(world.store.path(made.ref) / ORDER).num_rows == 5
+
+
+@every_selector
 def test_the_whole_pool_is_chosen_once_by_the_largest_budget(world: World, selector: str) -> None:
     assert sorted(world.chosen(selector, SAMPLES)) == list(range(SAMPLES))
 
 
-@pytest.mark.parametrize("selector", sorted(SELECTORS))
+@every_selector
 def test_two_runs_make_the_same_bytes(world: World, tmp_path: Path, selector: str) -> None:
-    inputs = selection_inputs(selector, world.pool, world.outliers(4.0), 4, SAMPLES, 3)
+    inputs = selection_inputs(wanted(selector, 4, 3), SAMPLES, **world.parts())
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()
@@ -216,3 +291,175 @@ def test_without_any_outlier_channel_coverage_still_orders_the_whole_pool(world:
     assert weights.shape == (0,)
     assert sorted(world.chosen("coverage", SAMPLES, k=1e6)) == list(range(SAMPLES))
     assert gains(world.store, world.select("coverage", k=1e6).ref, SAMPLES) == [0.0] * SAMPLES
+
+
+def test_given_samples_are_chosen_in_the_order_of_the_recipe(world: World) -> None:
+    selection = Selection(selector="given", budget=3, samples=(7, 0, 23, 5))
+    made = order_samples.run(world.store, "selection", selection_inputs(selection, SAMPLES, **world.parts()))
+    assert chosen_samples(world.store, made.ref, 3).tolist() == [7, 0, 23]
+    assert read_table(world.store.path(made.ref) / ORDER)["sample"].to_pylist() == [7, 0, 23, 5]
+    assert made.info == {"samples": SAMPLES, "ordered": 4}
+
+
+def test_a_given_sample_that_the_pool_does_not_have_commits_nothing(world: World) -> None:
+    selection = Selection(selector="given", budget=1, samples=(SAMPLES,))
+    inputs = selection_inputs(selection, SAMPLES, **world.parts())
+    with pytest.raises(ValueError, match=rf"sample {SAMPLES} is given"):
+        order_samples.run(world.store, "selection", inputs)
+    assert world.store.look_up("selection", order_samples.request(inputs).key).manifest is None
+
+
+@pytest.mark.parametrize(("selector", "sign"), [("max_perplexity", -1), ("min_perplexity", 1)])
+def test_orders_by_perplexity_are_those_of_the_losses_of_all_shards(world: World, selector: str, sign: int) -> None:
+    expected = np.argsort(sign * world.all_losses(), kind="stable")
+    assert world.chosen(selector, SAMPLES) == expected.tolist()
+
+
+# --- what a selector is given --------------------------------------------------------------------------------------
+
+
+class Spy:
+    """Stands in for a selector: keeps what it is given, and orders the pool backwards."""
+
+    reads: frozenset[str] = frozenset()
+    seeded = True
+    nested = True
+    seen: ClassVar[list[tuple[Evidence, int, int]]] = []
+    gains: ClassVar[npt.NDArray[np.float64] | None] = None
+    rounds: ClassVar[npt.NDArray[np.int64] | None] = None
+
+    def order(self, evidence: Evidence, extent: int, seed: int) -> Order:
+        self.seen.append((evidence, extent, seed))
+        return Order(np.arange(evidence.samples)[::-1][:extent], self.gains, self.rounds)
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> type[Spy]:
+    """The stand-in, registered as `spy`."""
+    monkeypatch.setattr("covercal.selectors.registry.SELECTORS", {"spy": f"{__name__}:Spy"})
+    for name in ("reads", "seeded", "nested", "gains", "rounds"):
+        monkeypatch.setattr(Spy, name, getattr(Spy, name))  # what a test changes is put back
+    monkeypatch.setattr(Spy, "seen", [])
+    return Spy
+
+
+def order_by_spy(world: World, folder: Path, budget: int = 4, seed: int = 0) -> Path:
+    """Build the stand-in's order in a folder and return it."""
+    selection = Selection.model_construct(selector="spy", budget=budget, seed=seed, samples=())
+    order_samples.build(
+        Build(folder, world.store, "selection", folder / "work"),
+        **selection_inputs(selection, SAMPLES, **world.parts()),
+    )
+    return folder / ORDER
+
+
+def test_a_selector_that_reads_nothing_is_given_the_pool_alone(world: World, spy: type[Spy], tmp_path: Path) -> None:
+    order_by_spy(world, tmp_path)
+    ((evidence, _, _),) = spy.seen
+    columns = sample_columns(world.store, world.pool, "domain", "text", "length")
+    assert evidence.samples == SAMPLES
+    assert (evidence.domains, evidence.texts) == (columns["domain"], columns["text"])
+    assert evidence.lengths is not None
+    assert (evidence.lengths.dtype, evidence.lengths.tolist()) == (np.int64, columns["length"])
+    assert set(evidence.lengths.tolist()) == {16, 24}
+    measured = ("coverage", "weights", "variance", "magnitude", "sketch", "energies", "losses")
+    assert [name for name in measured if getattr(evidence, name) is not None] == []
+    assert tuple(evidence.given) == ()
+
+
+@pytest.mark.parametrize(
+    ("part", "names"),
+    [
+        ("outliers", ("coverage", "weights")),
+        ("statistics", ("variance", "magnitude", "sketch", "energies")),
+        ("losses", ("losses",)),
+    ],
+)
+def test_a_selector_is_given_what_it_reads_and_no_more(
+    world: World,
+    spy: type[Spy],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    part: str,
+    names: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(spy, "reads", frozenset({part}))
+    order_by_spy(world, tmp_path)
+    ((evidence, _, _),) = spy.seen
+    measured = ("coverage", "weights", "variance", "magnitude", "sketch", "energies", "losses")
+    assert tuple(name for name in measured if getattr(evidence, name) is not None) == names
+
+
+def test_the_evidence_is_what_was_measured_of_all_shards(
+    world: World, spy: type[Spy], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(spy, "reads", frozenset({"outliers", "statistics", "losses"}))
+    order_by_spy(world, tmp_path)
+    ((evidence, _, _),) = spy.seen
+    coverage, weights = world.coverage(4.0)
+    np.testing.assert_array_equal(evidence.coverage, coverage, strict=True)
+    np.testing.assert_array_equal(evidence.weights, weights, strict=True)
+    np.testing.assert_array_equal(evidence.losses, world.all_losses(), strict=True)
+    for name, file in (("variance", VARIANCE), ("magnitude", MAGNITUDE), ("sketch", SKETCH)):
+        np.testing.assert_array_equal(getattr(evidence, name), world.columns(world.statistics, file), strict=True)
+    assert evidence.energies is not None
+    for _ in range(2):  # each call reads them anew
+        sites = list(evidence.energies())
+        assert [site.shape for site in sites] == [(SAMPLES, w) for w in (32, 32, 32, 64) * tiny.BLOCKS]
+        whole = world.columns(world.statistics, ENERGY)
+        np.testing.assert_array_equal(np.concatenate(sites, axis=1), whole, strict=True)
+
+
+def test_extent_and_seed_reach_the_selector(
+    world: World, spy: type[Spy], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = [(True, True), (True, False), (False, True)]
+    for index, (nested, seeded) in enumerate(settings):
+        monkeypatch.setattr(spy, "nested", nested)
+        monkeypatch.setattr(spy, "seeded", seeded)
+        (tmp_path / str(index)).mkdir()
+        order_by_spy(world, tmp_path / str(index), budget=3, seed=7)
+    assert [(extent, seed) for _, extent, seed in spy.seen] == [(SAMPLES, 7), (SAMPLES, 0), (3, 7)]
+
+
+def test_an_order_is_stored_with_its_ranks_and_with_gains_and_rounds_where_it_has_them(
+    world: World, spy: type[Spy], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(spy, "nested", False)
+    (tmp_path / "plain").mkdir()
+    plain = read_table(order_by_spy(world, tmp_path / "plain", budget=3)).to_pydict()
+    assert plain == {"rank": [0, 1, 2], "sample": [23, 22, 21]}
+    monkeypatch.setattr(spy, "gains", np.array([2.5, 1.0, -0.25]))
+    monkeypatch.setattr(spy, "rounds", np.array([0, 0, 1]))
+    whole = read_table(order_by_spy(world, tmp_path, budget=3)).to_pydict()
+    assert whole == plain | {"gain": [2.5, 1.0, -0.25], "round": [0, 0, 1]}
+
+
+# --- energies by site ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 8, 100])
+def test_energies_come_site_by_site_over_all_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr("storage.arrays.CHUNK_COLUMNS", chunk)  # so that sites straddle chunks
+    widths, heights = (6, 11, 3), (4, 1, 7)
+    energy = np.random.default_rng(0).random((sum(heights), sum(widths))).astype(np.float32)
+    folders = [tmp_path / str(index) for index in range(len(heights))]
+    for folder, part in zip(folders, np.split(energy, np.cumsum(heights)[:-1]), strict=True):
+        folder.mkdir()
+        write_array(folder / ENERGY, part)
+        of_channels = np.zeros(sum(widths))
+        columns = {
+            "position": np.arange(sum(widths), dtype=np.int32),
+            "site": np.repeat(np.arange(len(widths), dtype=np.int32), widths),
+            "block": np.zeros(sum(widths), dtype=np.int32),
+            "linears": np.repeat(["a", "b", "c"], widths),
+            "absolute_sum": of_channels,
+            "square_sum": of_channels,
+            "tokens": of_channels.astype(np.int64) + part.shape[0],
+        }
+        write_table(folder / CHANNELS, {name: pa.array(values) for name, values in columns.items()})
+    found = list(site_energies(folders))
+    for site, expected in zip(found, np.split(energy, np.cumsum(widths)[:-1], axis=1), strict=True):
+        np.testing.assert_array_equal(site, expected, strict=True)

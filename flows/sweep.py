@@ -1,0 +1,261 @@
+"""A grid of runs that share every stage they can, one failing cell never losing the others."""
+
+import itertools
+import json
+import math
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from covercal.errors import CovercalError
+from covercal.recipe import Recipe, parse_recipe, with_fields
+from covercal.selectors.registry import selector
+from flows.chain import identify, run_chain
+from flows.execution import Execution
+from flows.summary import summarize
+from storage.artifacts import ArtifactStore
+from storage.errors import StorageError
+
+SEED = "selection.seed"
+SELECTOR = "selection.selector"
+BUDGET = "selection.budget"
+RANDOM = "random"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run of a sweep: what is set in it, and the recipe that makes."""
+
+    fields: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """Return what sets it apart, such as `coverage, 8, seed 0`."""
+        return ", ".join(f"{name.rsplit('.', 1)[-1]} {value}" for name, value in self.fields.items())
+
+
+@dataclass(frozen=True, slots=True)
+class CellResult:
+    """What a cell found, or the error that ended it.
+
+    Attributes
+    ----------
+    fields
+        What is set in the cell.
+    measures, quantization
+        Of the chosen set, and of the checkpoint.
+    scores
+        For every evaluation text: its name, kind, and the scores of original, nearest and run over all sequences.
+    error
+        Empty when the cell ended well.
+    """
+
+    fields: dict[str, Any]
+    measures: dict[str, Any] = field(default_factory=dict)
+    quantization: dict[str, Any] = field(default_factory=dict)
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    error: str = ""
+
+
+Tell = Callable[[int, Cell, CellResult], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Cells that differ by their seed alone.
+
+    Attributes
+    ----------
+    fields
+        What they have in common.
+    values
+        The main number of each, in the order of the seeds.
+    mean, interval
+        Their mean, and half the width of its 95% interval (Student's t); NaN for a single value.
+    percentile
+        Share of the random choices of the same size that are worse than the mean; NaN where there are none, or for
+        random choice itself.
+    """
+
+    fields: dict[str, Any]
+    values: tuple[float, ...]
+    mean: float
+    interval: float
+    percentile: float
+
+
+def cells(recipe: Recipe) -> list[Cell]:
+    """Return the cells of a recipe's `sweep`; a seed that a selector does not read makes no further cell."""
+    names = list(recipe.sweep)
+    found: dict[str, Cell] = {}
+    for values in itertools.product(*(recipe.sweep[name] for name in names)):
+        fields = dict(zip(names, values, strict=True))
+        chosen = fields.get(SELECTOR, recipe.selection.selector)
+        if SEED in fields and not selector(str(chosen)).seeded:
+            fields[SEED] = recipe.selection.seed
+        cell = Cell(fields, parse_recipe(with_fields(recipe, fields), Path("/")))
+        found.setdefault(json.dumps(cell.recipe.model_dump(mode="json"), sort_keys=True), cell)
+    return list(found.values())
+
+
+def run_cells(
+    wanted: Sequence[Cell],
+    store: ArtifactStore,
+    execution: Callable[[Cell], Execution],
+    tell: Tell = lambda number, cell, result: None,
+) -> Iterator[CellResult]:
+    """Run every cell and yield what it found; an error of one cell is its result, and the next one runs."""
+    for number, cell in enumerate(wanted, start=1):
+        try:
+            inputs = identify(cell.recipe, store)
+            chain = run_chain(cell.recipe, inputs, execution(cell))
+            summary = summarize(cell.recipe, chain, store)
+            scores = [
+                {"text": each["text"], "kind": each["kind"]}
+                | {n: each[n]["all"] for n in ("original", "nearest", "run")}
+                for each in summary["evaluation"]
+            ]
+            result = CellResult(cell.fields, summary["selection"], summary["quantization"], scores)
+        except (CovercalError, StorageError) as error:
+            result = CellResult(cell.fields, error=f"{type(error).__name__}: {error}")
+        except Exception as error:  # a bug in one selector must not cost a night's other cells; the trace is kept
+            result = CellResult(cell.fields, error=f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+        tell(number, cell, result)
+        yield result
+
+
+def _overall(text: dict[str, Any]) -> dict[str, Any]:
+    """Return a text's scores over all sequences."""
+    models = {name: text[name]["all"] for name in ("original", "nearest", "run")}
+    return {"text": text["text"], "kind": text["kind"], **models}
+
+
+def found_words(result: CellResult) -> str:
+    """Return a cell's main number, or the first line of its error."""
+    return result.error.splitlines()[0] if result.error else f"{main_number(result):.4f}"
+
+
+def main_number(result: CellResult) -> float:
+    """Return what cells are compared by: divergence on the first text that has one, else the first perplexity."""
+    for each in result.scores:
+        if each["kind"] == "divergence":
+            return float(each["run"]["divergence"])
+    return float(result.scores[0]["run"]["perplexity"]) if result.scores else math.nan
+
+
+def rows(results: Sequence[CellResult]) -> list[Row]:
+    """Return one row for all cells that differ by their seed alone."""
+    groups: dict[str, list[CellResult]] = {}
+    for result in results:
+        if not result.error:
+            groups.setdefault(_without(result.fields, SEED), []).append(result)
+    rivals = {
+        _without(group[0].fields, SEED, SELECTOR): [main_number(each) for each in group]
+        for group in groups.values()
+        if group[0].fields.get(SELECTOR) == RANDOM
+    }
+    found = []
+    for group in groups.values():
+        fields = {name: value for name, value in group[0].fields.items() if name != SEED}
+        values = tuple(main_number(each) for each in group)
+        mean = float(np.mean(values))
+        others = rivals.get(_without(fields, SEED, SELECTOR), [])
+        compared = others if fields.get(SELECTOR) != RANDOM else []
+        percentile = float(np.mean([other > mean for other in compared])) if compared else math.nan
+        found.append(Row(fields, values, mean, half_interval(values), percentile))
+    return found
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Return half the width of the 95% interval of a mean (Student's t); NaN for fewer than two values."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return math.nan
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return float(t.ppf(0.975, len(values) - 1)) * error
+
+
+def _without(fields: dict[str, Any], *names: str) -> str:
+    return json.dumps({name: value for name, value in fields.items() if name not in names}, sort_keys=True)
+
+
+def write_sweep(folder: Path, recipe: Recipe, results: Sequence[CellResult]) -> list[Path]:
+    """Write `sweep.json` (everything) and, when budgets differ, `sweep.png`; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = rows(results)
+    value = {
+        "recipe": recipe.model_dump(mode="json"),
+        "cells": [asdict(each) for each in results],
+        "rows": [
+            {**asdict(row), "interval": _plain(row.interval), "percentile": _plain(row.percentile)} for row in found
+        ],
+    }
+    written = [folder / "sweep.json"]
+    written[0].write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    if len({row.fields.get(BUDGET) for row in found}) > 1:
+        written.append(folder / "sweep.png")
+        plot(found, written[1])
+    return written
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def plot(found: Sequence[Row], path: Path) -> None:
+    """Draw the main number against the budget, one line for each selector, with 95% intervals; random in grey."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    others = {_without(row.fields, BUDGET, SELECTOR, SEED) for row in found}
+    figure, axes = pyplot.subplots(
+        1, len(others), figsize=(6.4 * len(others), 4.2), squeeze=False, layout="constrained"
+    )
+    for axis, other in zip(axes[0], sorted(others), strict=True):
+        mine = [row for row in found if _without(row.fields, BUDGET, SELECTOR, SEED) == other]
+        names = list(dict.fromkeys(str(row.fields.get(SELECTOR, "this recipe")) for row in mine))
+        for name in names:
+            line = sorted((r for r in mine if str(r.fields.get(SELECTOR, "this recipe")) == name), key=_budget_of)
+            spread = [0.0 if math.isnan(row.interval) else row.interval for row in line]
+            style = {"color": "0.45", "linewidth": 2.5, "zorder": 1} if name == RANDOM else {}
+            budgets, means = [_budget_of(row) for row in line], [row.mean for row in line]
+            axis.errorbar(budgets, means, yerr=spread, marker="o", markersize=4, capsize=3, label=name, **style)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted({_budget_of(row) for row in mine}))
+        axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axis.set_xlabel("samples chosen")
+        axis.set_ylabel("KL(original || quantised), nats per token")
+        axis.set_title(", ".join(f"{n.rsplit('.', 1)[-1]} {v}" for n, v in json.loads(other).items()), fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _budget_of(row: Row) -> int:
+    return int(row.fields.get(BUDGET, 0))
+
+
+def sweep_table(found: Sequence[Row]) -> Table:
+    """Return one line for each group of cells that differ by their seed alone."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    names = list(dict.fromkeys(name for row in found for name in row.fields))
+    for name in names:
+        table.add_column(name.rsplit(".", 1)[-1])
+    for name in ("seeds", "mean", "95% interval", "better than random"):
+        table.add_column(name, justify="right")
+    for row in found:
+        interval = "" if math.isnan(row.interval) else f"± {row.interval:.4f}"
+        beats = "" if math.isnan(row.percentile) else f"{row.percentile:.0%}"
+        cells = [str(row.fields.get(name, "")) for name in names]
+        table.add_row(*cells, str(len(row.values)), f"{row.mean:.4f}", interval, beats)
+    return table

@@ -1,0 +1,39 @@
+"""Stage `losses`: how well the original model predicts each sample; built only when a selector asks for it."""
+
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from storage.manifest import Ref
+from storage.tables import write_table
+from tasks.cached import Build, cached
+from tasks.capture import Shard
+from tasks.identities import ModelIdentity
+from tasks.model import original_decoder
+from tasks.pool import sample_tokens
+
+if TYPE_CHECKING:
+    from covercal.recipe import Dtype
+
+LOSSES = "losses.parquet"
+
+
+@cached("losses", version=1, ignored=("imported", "pool", "device"), names={"dtype": "model.dtype"})
+def sample_losses(
+    build: Build,
+    *,
+    model: ModelIdentity,
+    imported: Ref | None,
+    pool: Ref,
+    shard: Shard,
+    dtype: "Dtype",
+    device: str,
+) -> dict[str, Any]:
+    """Write the mean negative log-likelihood per token of every sample of a shard, in nats."""
+    from covercal.evaluation import mean_losses
+
+    decoder = original_decoder(build.store, model, imported, dtype, device)
+    tokens = sample_tokens(build.store, pool)[shard.start : shard.stop]
+    losses = mean_losses(decoder, tokens, advance=build.progress(len(tokens), "samples"))
+    write_table(build.folder / LOSSES, {"loss": pa.array(losses)})
+    return {"samples": len(tokens)}
