@@ -185,6 +185,9 @@ def asked_at_once(bench: Bench, times: int, processes: int = 8) -> Finding:
             os.kill(_builder(root), signal.SIGKILL)
         outcomes = [_answer(*child) for child in children]
         counts = {name: outcomes.count(name) for name in sorted(set(outcomes))}
+        counts["waited"] = counts.get("waited", 0) + counts.pop(
+            "hit", 0
+        )  # on a busy machine one comes when all is done
         expected = {"built": 1, "waited": processes - 1 - killed} | ({"killed": 1} if killed else {})
         if counts != expected:
             broken.append(f"round {number}: {counts}, not {expected}")

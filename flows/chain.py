@@ -197,13 +197,18 @@ def _outliers(recipe: Recipe, execution: Execution, measured: Measured, label: s
 
 
 def _measures(recipe: Recipe, execution: Execution, measured: Measured, outliers: Any, selection: Any) -> Any:
-    chosen = execution.read("selection", _chosen, selection, recipe.selection.budget)
+    chosen = execution.read(_choosing(recipe), _chosen, selection, recipe.selection.budget)
     parts = {"pool": measured.pool, "outliers": outliers, "statistics": measured.statistics, "samples": chosen}
     return execution.run("measures", measure_set, **parts)
 
 
+def _choosing(recipe: Recipe) -> str:
+    """Return the row whose choice the checkpoint is calibrated with."""
+    return "reselection" if recipe.outliers.adaptive else "selection"
+
+
 def _chosen(store: ArtifactStore, selection: Ref, budget: int) -> tuple[int, ...]:
-    return tuple(chosen_samples(store, selection, budget).tolist())
+    return tuple(sorted(chosen_samples(store, selection, budget).tolist()))
 
 
 def _poor_sites(store: ArtifactStore, outliers: Ref, checkpoint: Ref) -> tuple[int, ...]:
@@ -259,7 +264,8 @@ def _checkpoint(
     if not METHODS[settings.method].calibrated:
         plain = without_calibration(settings)
         return execution.run(label, quantize_model, **place, pool=None, calibration=None, quantization=plain)
-    chosen = execution.read(label, _calibration, pool, selection, recipe.selection.budget)
+    choosing = "selection" if label == "first try" else _choosing(recipe)
+    chosen = execution.read(choosing, _calibration, pool, selection, recipe.selection.budget)
     return execution.run(label, quantize_model, **place, pool=pool, calibration=chosen, quantization=settings)
 
 

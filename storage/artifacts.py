@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.durable import build_lock, flush_and_hash, make_writable_folder
+from storage.durable import build_lock, flush_and_hash, is_locked, make_writable_folder
 from storage.errors import MissingArtifactError, StorageError
 from storage.explain import Known, explain_miss
 from storage.in_use import claims_of
@@ -172,18 +172,22 @@ class ArtifactStore:
                 return _outcome(pulled.manifest, Decision.PULLED, reason, started)
             damaged = [each.reason for each in (found, pulled) if each.damaged]
             reason = "; ".join(damaged) or self.explain(request)
+            note = self._note_unsent(request, replace_there=pulled.damaged)
             manifest = self._build(request, build)
         if CONTINUED in manifest.info:
             reason += f"; continued at {manifest.info[CONTINUED]}"
-        if self.remote is not None and self.remote.writable:
-            winner = self._share(manifest, replace_there=pulled.damaged)
+        if note is not None:
+            winner = self._share(manifest, note, replace_there=pulled.damaged)
             if winner.digest != manifest.digest:
-                reason += f"; another machine had sent its own to {self.remote.place} first, which is used"
+                reason += "; another machine had sent its own to the remote first, which is used"
             manifest = winner
         return _outcome(manifest, Decision.REBUILT if damaged else Decision.BUILT, reason, started)
 
     def _build_lock(self, key: str) -> Any:
-        return build_lock(self.root / "locks" / f"{key}.lock")
+        return build_lock(self._lock_file(key))
+
+    def _lock_file(self, key: str) -> Path:
+        return self.root / "locks" / f"{key}.lock"
 
     def _staging(self, key: str) -> Path:
         return self.root / "staging" / f"{key}-{uuid.uuid4().hex}"
@@ -283,17 +287,22 @@ class ArtifactStore:
         with self._named_fault(manifest.stage, manifest.key, staged):
             self.local.commit(manifest, staged, replace=True)
 
-    def _share(self, manifest: Manifest, *, replace_there: bool) -> Manifest:
+    def _note_unsent(self, request: Request, *, replace_there: bool) -> Path | None:
+        """Note, before anything is built, that it is to be sent: `send_unsent` makes up for a push that never was."""
+        if self.remote is None or not self.remote.writable:
+            return None
+        note = self.root / "unsent" / f"{request.stage}-{request.key}"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text("replace" if replace_there else "", encoding="ascii")
+        return note
+
+    def _share(self, manifest: Manifest, note: Path, *, replace_there: bool) -> Manifest:
         """Send an artifact that was just built and return the one that holds everywhere.
 
         When another machine was first, its artifact replaces ours, so that both go on with the same bytes; but not
         while another process here already reads ours.
         """
         assert self.remote is not None
-        note = self.root / "unsent" / f"{manifest.stage}-{manifest.key}"
-        note.parent.mkdir(parents=True, exist_ok=True)
-        # A push that is cut short is made up for by `send_unsent`.
-        note.write_text("replace" if replace_there else "", encoding="ascii")
         folder = self.folder(manifest.stage, manifest.key)
         winner = self.remote.commit(manifest, folder, replace=replace_there)
         note.unlink(missing_ok=True)
@@ -315,9 +324,10 @@ class ArtifactStore:
             stage, _, key = note.name.partition("-")
             manifest = self.claim(stage, key).manifest
             if manifest is not None:
-                self._share(manifest, replace_there=note.read_text(encoding="ascii") == "replace")
+                self._share(manifest, note, replace_there=note.read_text(encoding="ascii") == "replace")
                 sent += 1
-            note.unlink(missing_ok=True)
+            elif not is_locked(self._lock_file(key)):  # else it is being built just now
+                note.unlink(missing_ok=True)
         return sent
 
     def push(self, ref: Ref) -> bool:

@@ -186,3 +186,16 @@ def build_lock(path: Path) -> Iterator[bool]:
         yield waited
     finally:
         lock.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether some process holds a lock file now."""
+    if not path.exists():
+        return False
+    lock = FileLock(path, mode=SHARED_MODE, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False

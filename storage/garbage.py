@@ -1,5 +1,6 @@
 """Garbage collection: what no pinned or recent run needs, and what builds that were cut short left behind."""
 
+import os
 import shutil
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -177,11 +178,10 @@ def _key_of(name: str) -> str:
 def folder_size(folder: Path) -> int:
     """Return the bytes of all files below a folder, those that vanish meanwhile left out."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            continue
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += (Path(root) / name).stat().st_size
     return total
 
 

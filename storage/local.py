@@ -57,7 +57,7 @@ class LocalObjects:
         try:
             text = (folder / MANIFEST).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            if not self.objects.is_dir() and self.objects.exists():
+            if self.objects.exists() and not self.objects.is_dir():
                 raise NotADirectoryError(f"{self.objects} is no folder") from None
             if not folder.is_dir():
                 return Lookup(None, "not in the store")

@@ -160,7 +160,7 @@ def _remote(environment: Mapping[str, str]) -> "RemoteObjects | None":
         return None
     from storage.remote import TIMEOUT_SECONDS, open_remote
 
-    timeout = environment.get("COVERCAL_REMOTE_TIMEOUT", str(TIMEOUT_SECONDS))
+    timeout = environment.get("COVERCAL_REMOTE_TIMEOUT") or str(TIMEOUT_SECONDS)
     try:
         seconds = float(timeout)
     except ValueError:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from covercal.errors import CovercalError
 from covercal.thresholds import PEAK_RULES, SIGMA, poorly_reconstructed
 from storage.arrays import Columns, read_array, write_array
 from storage.artifacts import ArtifactStore
@@ -26,9 +27,13 @@ COVERAGE = "coverage.zarr"
 SITES_SQL = """
     SELECT site, any_value(block) AS block, any_value(linears) AS linears,
            max(position) - min(position) + 1 AS channels, min(position) AS first,
-           sum(absolute_sum) / sum(tokens) AS mean,
+           max(peak)::DOUBLE AS peak, sum(absolute_sum) / sum(tokens) AS mean,
            sqrt(greatest(sum(square_sum) / sum(tokens) - pow(sum(absolute_sum) / sum(tokens), 2), 0)) AS sigma
     FROM channels GROUP BY site ORDER BY site
+"""
+
+BOUNDS_SQL = """
+    SELECT min(position) AS first, max(position) AS last FROM channels GROUP BY site ORDER BY site
 """
 
 WEIGHT_SQL = {
@@ -55,7 +60,13 @@ OUTLIER_SQL = """
 @cached(
     "outliers",
     version=2,
-    names={name: f"outliers.{name}" for name in ("rule", "k", "weighting", "lowered", "lowered_k")},
+    names={
+        "rule": "outliers.rule",
+        "k": "outliers.k",
+        "weighting": "outliers.weighting",
+        "lowered": "outliers.adaptive (sites)",
+        "lowered_k": "outliers.adaptive_k",
+    },
 )
 def find_outliers(
     build: Build,
@@ -81,6 +92,7 @@ def find_outliers(
         limits = [row["mean"] + factor * row["sigma"] for row, factor in zip(rows, factors, strict=True)]
     else:
         limits = [PEAK_RULES[rule](_site_peaks(peaks, row), factor) for row, factor in zip(rows, factors, strict=True)]
+    _check_limits(rows, limits, rule)
     write_table(build.folder / THRESHOLDS, sites.append_column("threshold", pa.array(limits, pa.float64())))
     tables = {"channels": channels, "thresholds": [build.folder / THRESHOLDS]}
     outliers = query(OUTLIER_SQL.format(weight=WEIGHT_SQL[weighting]), tables)
@@ -94,6 +106,17 @@ def find_outliers(
         advance(1)
     write_array(build.folder / COVERAGE, bits.packed())
     return {"outliers": len(positions), "channels": sum(row["channels"] for row in rows)}
+
+
+def _check_limits(rows: list[dict[str, Any]], limits: list[float], rule: str) -> None:
+    """Raise when a threshold is 0: every weight above it would be infinite."""
+    for row, limit in zip(rows, limits, strict=True):
+        if not limit > 0 and row["peak"] > limit:
+            where = f"block {row['block']}, {row['linears']}"
+            raise CovercalError(
+                f"outliers.rule {rule} gives threshold {limit:g} at {where}: most of its activations are 0. "
+                "`rule: sigma` follows the largest ones."
+            )
 
 
 def _site_peaks(peaks: Columns, row: dict[str, Any]) -> npt.NDArray[np.float32]:
@@ -161,5 +184,5 @@ def outlier_columns(store: ArtifactStore, outliers: Ref, *names: str) -> dict[st
 
 def site_bounds(folders: Sequence[Path]) -> Iterator[tuple[int, int]]:
     """Yield (first, end) of the columns of every site, from one shard's channels."""
-    for row in query(SITES_SQL, {"channels": [folders[0] / CHANNELS]}).to_pylist():
-        yield row["first"], row["first"] + row["channels"]
+    for row in query(BOUNDS_SQL, {"channels": [folders[0] / CHANNELS]}).to_pylist():
+        yield row["first"], row["last"] + 1

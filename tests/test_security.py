@@ -13,6 +13,7 @@ import stat
 import sys
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,14 @@ from storage.keys import content_digest
 from storage.manifest import MANIFEST, Ref
 from storage.remote import open_remote
 from storage.runs import read_runs
+from storage.transfer import pull_run, push_run
 from tasks.cached import open_store
 from tasks.identities import ModelIdentity, identify_model
 from tasks.model import import_model, load_tokenizer, original_decoder
 from tests import tiny
 from tests.flows.test_cache_cli import run_without_prefect
-from tests.storage.faults import output_of, start_python
 from tests.storage.s3 import closed_port
+from tests.storage.test_transfer import RUN, make_real_run
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("covercal", "storage", "tasks", "flows")
@@ -426,51 +428,43 @@ def test_nobody_is_asked_whether_code_beside_a_gguf_file_may_run(
 
 # --- permissions ---------------------------------------------------------------------------------------------------
 
-RUN_UNDER = """
-import os, sys
-from pathlib import Path
-from storage.artifacts import ArtifactStore
-from storage.remote import open_remote
-from storage.transfer import pull_run, push_run
-from tests.storage.test_transfer import RUN, make_real_run
-for umask in sys.argv[2:]:
-    os.umask(int(umask, 8))
-    folder = Path(sys.argv[1]) / umask
-    team = folder / "team"
-    team.mkdir(parents=True)
-    ran = make_real_run(folder)
-    remote = open_remote(str(team), writable=True)
-    remote.create()
-    push_run(ArtifactStore(ran.root, remote), RUN)
-    pull_run(ArtifactStore(folder / "another", remote).prepare(), RUN)
-"""
 UMASKS = {"0027": (0o640, 0o750), "0002": (0o664, 0o775)}
 
 
-@pytest.fixture(scope="module")
-def ran_under(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real runs, pushed to a shared folder and pulled from it, under several umasks in a process of its own."""
-    folder = tmp_path_factory.mktemp("umasks")
-    output_of(start_python(RUN_UNDER, folder, *UMASKS))
-    return folder
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    """Give new files other permissions in this process."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
-@pytest.mark.parametrize("umask", UMASKS)
+@pytest.fixture(scope="module", params=UMASKS)
+def ran_under(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A real run, pushed to a shared folder and pulled from it, under each umask."""
+    folder = tmp_path_factory.mktemp("umask")
+    with umask(int(request.param, 8)):
+        (folder / "team").mkdir()
+        ran = make_real_run(folder)
+        remote = open_remote(str(folder / "team"), writable=True)
+        remote.create()
+        push_run(ArtifactStore(ran.root, remote), RUN)
+        pull_run(ArtifactStore(folder / "another", remote).prepare(), RUN)
+    return request.param, folder
+
+
 @pytest.mark.parametrize(
-    "place", ["cache/objects", "cache/runs", "cache/hashes", "team", "another/objects", "another/runs"]
+    "place", ["cache/objects", "cache/runs", "cache/work", "team", "another/objects", "another/runs"]
 )
-def test_everything_is_as_open_as_the_umask_says(ran_under: Path, umask: str, place: str) -> None:
-    folder = ran_under / umask / place
-    file_mode, folder_mode = UMASKS[umask]
-    paths = list(folder.rglob("*"))
-    found = {path.relative_to(folder).as_posix(): stat.S_IMODE(path.stat().st_mode) for path in paths}
-    wrong = {
-        path.relative_to(folder).as_posix(): oct(found[path.relative_to(folder).as_posix()])
-        for path in paths
-        if found[path.relative_to(folder).as_posix()] != (folder_mode if path.is_dir() else file_mode)
-    }
-    assert wrong == {}
-    assert any(path.is_file() for path in paths) or place == "cache/hashes"
+def test_everything_is_as_open_as_the_umask_says(ran_under: tuple[str, Path], place: str) -> None:
+    mask, folder = ran_under
+    file_mode, folder_mode = UMASKS[mask]
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (folder / place, *(folder / place).rglob("*"))}
+    wrong = {path: mode for path, mode in modes.items() if mode != (folder_mode if path.is_dir() else file_mode)}
+    assert {str(path.relative_to(folder)): oct(mode) for path, mode in wrong.items()} == {}
+    assert any(path.is_file() for path in modes) or place == "cache/work"
 
 
 # --- secrets -------------------------------------------------------------------------------------------------------

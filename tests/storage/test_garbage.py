@@ -231,6 +231,12 @@ def put_leftovers(store: ArtifactStore, key: str) -> list[Path]:
     return sorted(folders)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here is about a power cut, and flushing is as slow as the disk of the day."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 @pytest.fixture
 def mixed(store: ArtifactStore) -> ArtifactStore:
     """A store with pinned, recent, young and unneeded artifacts, damaged ones, and leftovers of every kind."""
@@ -778,6 +784,24 @@ def test_the_size_of_a_folder_counts_every_file_in_it(tmp_path: Path) -> None:
         write_file(tmp_path / name, text="x" * number)
     assert folder_size(tmp_path) == sum(itertools.accumulate([1] * 4))
     assert folder_size(tmp_path / "gone") == 0
+
+
+@pytest.mark.parametrize(("vanishing", "left"), [("b", 1), ("", 0)])
+def test_the_size_of_a_folder_that_is_being_deleted_is_that_of_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vanishing: str, left: int
+) -> None:
+    write_file(tmp_path / "folder" / "a", text="x")
+    write_file(tmp_path / "folder" / "b" / "c", text="xx")
+    real = os.scandir
+
+    def overtaken(path: Path | str) -> Any:
+        if Path(path) == tmp_path / "folder" / vanishing:
+            monkeypatch.setattr(os, "scandir", real)
+            shutil.rmtree(path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", overtaken)
+    assert folder_size(tmp_path / "folder") == left
 
 
 def test_what_is_stored_is_told_with_what_it_reads_and_when_it_came(store: ArtifactStore) -> None:
