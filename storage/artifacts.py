@@ -203,7 +203,7 @@ class ArtifactStore:
             for name in (MANIFEST, DAMAGED):
                 if (staged / name).exists():
                     raise ValueError(f"a build must not write {name}; the store does")
-            json.dumps(info, allow_nan=False)  # what is not plain JSON is an error of the build
+            info = json.loads(json.dumps(info, allow_nan=False))  # plain JSON, as a reader gets it, or an error
             with self._named_fault(request.stage, request.key, staged):
                 manifest = self.local.commit(_manifest_of(staged, request, info, started), staged, replace=True)
                 shutil.rmtree(self.work_folder(request.key), ignore_errors=True)

@@ -64,12 +64,15 @@ def file_names(folder: Path) -> list[str]:
     ValueError
         For a symbolic link.
     """
-    names = []
-    for root, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            if (Path(root) / name).is_symlink():
-                raise ValueError(f"{name} is a symbolic link; an artifact holds only files of its own")
-        names += [(Path(root) / name).relative_to(folder).as_posix() for name in files]
+    names: list[str] = []
+    open_folders = [""] if folder.is_dir() else []
+    while open_folders:
+        inside = open_folders.pop()
+        with os.scandir(folder / inside) as entries:
+            for each in entries:
+                if each.is_symlink():
+                    raise ValueError(f"{each.name} is a symbolic link; an artifact holds only files of its own")
+                (open_folders if each.is_dir() else names).append(f"{inside}{each.name}" + "/" * each.is_dir())
     return sorted(names)
 
 

@@ -5,7 +5,7 @@ import json
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePosixPath
@@ -100,7 +100,9 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return the text of `MANIFEST.json`."""
-        return sealed(asdict(self))
+        value = {each.name: getattr(self, each.name) for each in fields(self)}
+        value["info"] = json.loads(json.dumps(self.info, allow_nan=False))  # as a reader gets it: names are strings
+        return sealed(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +127,7 @@ class Outcome:
 
 def sealed(value: Mapping[str, Any]) -> bytes:
     """Return JSON that holds the sha256 of all its other fields, so that no changed bit of it goes unnoticed."""
-    plain = json.loads(json.dumps(value, allow_nan=False))  # what a reader gets: keys are strings
-    body = {**plain, SEAL: hashlib.sha256(canonical_json(plain)).hexdigest()}
+    body = {**value, SEAL: hashlib.sha256(canonical_json(value)).hexdigest()}
     return json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False).encode()
 
 
@@ -191,7 +192,7 @@ def check_files(files: Mapping[str, Mapping[str, Any]]) -> None:
     ValueError
         Naming the file.
     """
-    folders = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
+    folders = {name[: match.start()] for name in files for match in re.finditer("/", name)}
     for name, each in files.items():
         if not _stays_inside(name):
             raise ValueError(f"file name {name!r} leaves the artifact's folder")
