@@ -331,7 +331,9 @@ def _table(*names: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, name in enumerate(names):
         right = name.startswith(">")
-        table.add_column(name.removeprefix(">"), justify="right" if right else "left", no_wrap=right or index == 0)
+        table.add_column(
+            name.removeprefix(">"), justify="right" if right else "left", no_wrap=right or index == 0, overflow="fold"
+        )
     return table
 
 
