@@ -116,11 +116,7 @@ def run_cells(
             inputs = identify(cell.recipe, store)
             chain = run_chain(cell.recipe, inputs, execution(cell))
             summary = summarize(cell.recipe, chain, store)
-            scores = [
-                {"text": each["text"], "kind": each["kind"]}
-                | {n: each[n]["all"] for n in ("original", "nearest", "run")}
-                for each in summary["evaluation"]
-            ]
+            scores = [_overall(each) for each in summary["evaluation"]]
             result = CellResult(cell.fields, summary["selection"], summary["quantization"], scores)
         except (CovercalError, StorageError) as error:
             result = CellResult(cell.fields, error=f"{type(error).__name__}: {error}")

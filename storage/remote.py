@@ -34,9 +34,6 @@ from storage.keys import canonical_json
 from storage.manifest import MANIFEST, Lookup, Manifest, check_name, file_name, identity_faults, is_place, understood
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from obstore import UpdateVersion
 
 MARKER = "covercal-cache.json"

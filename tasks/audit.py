@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from covercal.coverage import covered_channels, expected_random_coverage, greedy_cover
-from covercal.measures import always_fired, coverage_by_block, mean_jaccard, set_distance, surrogate_bound
+from covercal.coverage import covered_channels, greedy_cover
+from covercal.measures import set_distance
 from storage.arrays import Columns, read_array
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 from storage.manifest import Ref
 from tasks.capture import ENERGY, PEAK
+from tasks.measures import cover_measures, domain_mix
 from tasks.pool import sample_columns
 from tasks.thresholds import coverage_matrix, outlier_columns, site_bounds
 
@@ -40,25 +41,15 @@ def audit_set(
     """
     coverage, weights = coverage_matrix(store, outliers)
     fires = own_coverage(store, outliers, own_statistics)
-    covered = covered_channels(fires, np.arange(len(fires)))
-    size = len(fires)
-    best = greedy_cover(coverage, weights, min(size, len(coverage)))
-    random_share, random_weight = expected_random_coverage(coverage, weights, min(size, len(coverage)))
+    covered = np.asarray(fires.any(axis=0))
+    best = greedy_cover(coverage, weights, min(len(fires), len(coverage)))
     total = float(weights.sum()) or 1.0
-    domains = sample_columns(store, own, "domain")["domain"]
     return {
-        "samples": size,
-        "outlier_channels": int(weights.size),
-        "coverage": float(covered.mean()) if covered.size else 0.0,
-        "weighted_coverage": 1.0 - surrogate_bound(covered, weights) / total,
-        "random_coverage": random_share,
-        "random_weighted_coverage": random_weight,
+        "samples": len(fires),
+        **cover_measures(store, outliers, coverage, weights, fires),
         "chosen_weighted_coverage": float(weights[covered_channels(coverage, best.order)].sum()) / total,
-        "coverage_by_block": coverage_by_block(covered, outlier_columns(store, outliers, "block")["block"]),
-        "always_fired": always_fired(coverage),
-        "jaccard": mean_jaccard(fires),
         "gram_distance": _gram_distance(store, statistics, own_statistics),
-        "domains": {name: domains.count(name) for name in sorted(set(domains))},
+        "domains": domain_mix(sample_columns(store, own, "domain")["domain"]),
         "heaviest_missed": _heaviest_missed(store, outliers, covered, weights, total),
         "would_help": _would_help(store, pool, coverage, weights, covered, total),
     }

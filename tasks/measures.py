@@ -4,8 +4,9 @@ import json
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from covercal.coverage import covered_channels, expected_random_coverage
+from covercal.coverage import expected_random_coverage
 from covercal.measures import always_fired, coverage_by_block, gram_distance, mean_jaccard, surrogate_bound
 from storage.artifacts import ArtifactStore
 from storage.manifest import Ref
@@ -24,25 +25,53 @@ def measure_set(
     """Measure a set of samples of a pool against the whole pool."""
     chosen = np.asarray(samples, dtype=np.int64)
     coverage, weights = coverage_matrix(build.store, outliers)
-    covered = covered_channels(coverage, chosen)
-    random_share, random_weight = expected_random_coverage(coverage, weights, chosen.size)
     domains = sample_columns(build.store, pool, "domain")["domain"]
-    mine = [domains[s] for s in samples]
-    total = float(weights.sum())
     value = {
-        "outlier_channels": int(weights.size),
-        "coverage": float(covered.mean()) if covered.size else 0.0,
-        "weighted_coverage": 1.0 - surrogate_bound(covered, weights) / total if total else 0.0,
-        "random_coverage": random_share,
-        "random_weighted_coverage": random_weight,
-        "coverage_by_block": coverage_by_block(covered, outlier_columns(build.store, outliers, "block")["block"]),
-        "surrogate_bound": surrogate_bound(covered, weights),
-        "always_fired": always_fired(coverage),
-        "jaccard": mean_jaccard(coverage[chosen]),
+        **cover_measures(build.store, outliers, coverage, weights, coverage[chosen]),
         "gram_distance": gram_distance(site_energies([build.store.path(ref) for ref in statistics]), chosen),
-        "domains": {name: mine.count(name) for name in sorted(set(mine))},
+        "domains": domain_mix([domains[s] for s in samples]),
     }
     (build.folder / MEASURES).write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def cover_measures(
+    store: ArtifactStore,
+    outliers: Ref,
+    coverage: npt.NDArray[np.bool_],
+    weights: npt.NDArray[np.float64],
+    fires: npt.NDArray[np.bool_],
+) -> dict[str, Any]:
+    """Return what a set covers of the pool's outlier channels, beside random choice of its size.
+
+    Parameters
+    ----------
+    store, outliers
+        Where the blocks of the outlier channels are read.
+    coverage, weights
+        Of the pool: bool (samples, outlier channels), and (outlier channels,).
+    fires
+        Which sample of the set fires which channel, bool (samples of the set, outlier channels).
+    """
+    covered = np.asarray(fires.any(axis=0))
+    random_share, random_weight = expected_random_coverage(coverage, weights, min(len(fires), len(coverage)))
+    missed = surrogate_bound(covered, weights)
+    total = float(weights.sum())
+    return {
+        "outlier_channels": int(weights.size),
+        "coverage": float(covered.mean()) if covered.size else 0.0,
+        "weighted_coverage": 1.0 - missed / total if total else 0.0,
+        "random_coverage": random_share,
+        "random_weighted_coverage": random_weight,
+        "coverage_by_block": coverage_by_block(covered, outlier_columns(store, outliers, "block")["block"]),
+        "surrogate_bound": missed,
+        "always_fired": always_fired(coverage),
+        "jaccard": mean_jaccard(fires),
+    }
+
+
+def domain_mix(domains: list[str]) -> dict[str, int]:
+    """Return how many samples each domain has, by name."""
+    return {name: domains.count(name) for name in sorted(set(domains))}
 
 
 def read_measures(store: ArtifactStore, measures: Ref) -> dict[str, Any]:
