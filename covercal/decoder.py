@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -114,6 +115,13 @@ def pick_device(device: str) -> torch.device:
             f"device {device!r} is not available here ({str(cause).splitlines()[0]}); use auto or cpu."
         ) from cause
     return torch.device(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free where tensors of `device` lie."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
 
 
 def load_decoder(folder: Path, dtype: Dtype, device: torch.device, *, trust_remote_code: bool = False) -> Decoder:

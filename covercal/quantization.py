@@ -3,9 +3,9 @@
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,9 @@ from covercal.decoder import (
     Site,
     batches,
     block_inputs,
+    free_memory,
     linear_of,
+    replaced_forward,
     run_block,
     token_tensor,
 )
@@ -32,6 +34,7 @@ from covercal.recipe import Dtype, Quantization
 
 BATCH_TOKENS = 1024
 GPU_BATCH_TOKENS = 16384
+KEPT_SHARE = 0.25  # of the free memory, for outputs that would be computed once for each site otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,7 @@ class _Batch:
 
     hidden: Tensor
     arguments: list[BlockArguments]
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # of the present block's quantised linears
 
 
 def check_group_size(linears: dict[str, tuple[int, int]], group_size: int | None) -> None:
@@ -190,15 +194,21 @@ def quantize_blocks(
     for index, block in enumerate(decoder.blocks[first:], start=first):
         working = copy.deepcopy(block)
         round_parameters(working, storage_dtype)
+        sites = [site for site in decoder.sites if site.block == index]
+        keep = _outputs_fit(working, sites, running)
+        finished: list[str] = []
         linears: list[QuantizedLinear] = []
         reports: list[LinearReport] = []
-        for site in (s for s in decoder.sites if s.block == index):
-            gram = _site_gram(working, site, running) if calibrated else None
+        for site in sites:
+            gram = _site_gram(working, site, running, finished) if calibrated else None
             for linear, report in _quantize_site(decoder, working, site, gram, settings, storage_dtype):
                 linears.append(linear)
                 reports.append(report)
+            finished += site.linears if keep else ()
         for batch in running:
-            batch.hidden = run_block(working, batch.hidden, batch.arguments[index]).contiguous()
+            with _recalled(working, finished, batch.outputs):
+                batch.hidden = run_block(working, batch.hidden, batch.arguments[index]).contiguous()
+            batch.outputs.clear()
         yield QuantizedBlock(index, tuple(linears), tuple(reports), tuple(batch.hidden for batch in running))
 
 
@@ -243,7 +253,7 @@ class _InputSeenError(Exception):
     """Ends a block's forward pass once the site's input has been seen."""
 
 
-def _site_gram(block: nn.Module, site: Site, running: Sequence[_Batch]) -> GramSum:
+def _site_gram(block: nn.Module, site: Site, running: Sequence[_Batch], finished: Sequence[str]) -> GramSum:
     first = block.get_submodule(site.linears[0])
     gram = GramSum.empty(site.channels, next(block.parameters()).device)
     for batch in running:
@@ -254,12 +264,43 @@ def _site_gram(block: nn.Module, site: Site, running: Sequence[_Batch]) -> GramS
 
         hook = first.register_forward_pre_hook(note)
         try:
-            run_block(block, batch.hidden, batch.arguments[site.block])
+            with _recalled(block, finished, batch.outputs):
+                run_block(block, batch.hidden, batch.arguments[site.block])
         except _InputSeenError:
             continue
         finally:
             hook.remove()
     return gram
+
+
+def _outputs_fit(block: nn.Module, sites: Sequence[Site], running: Sequence[_Batch]) -> bool:
+    """Return whether what the block's linears give for all batches takes at most a part of the free memory."""
+    width = sum(linear_of(block, name).weight.shape[0] for site in sites for name in site.linears)
+    wanted = sum(batch.hidden.shape[:-1].numel() * width * batch.hidden.element_size() for batch in running)
+    return wanted <= KEPT_SHARE * free_memory(next(block.parameters()).device)
+
+
+@contextmanager
+def _recalled(block: nn.Module, finished: Sequence[str], outputs: dict[str, Tensor]) -> Iterator[None]:
+    """Let the finished linears of a block give again what they gave for this batch, or give it and keep it.
+
+    Every site of a block needs its own pass, behind the sites before it. Those no longer change, and each linear reads
+    one input a pass, so that each has to be computed only once a batch.
+    """
+
+    def recall(name: str, compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            if name not in outputs:
+                outputs[name] = compute(x)
+            return outputs[name]
+
+        return forward
+
+    with ExitStack() as stack:
+        for name in finished:
+            module = linear_of(block, name)
+            stack.enter_context(replaced_forward(module, recall(name, module.forward)))
+        yield
 
 
 def _quantize_site(

@@ -7,7 +7,7 @@ from covercal.errors import InputError
 from covercal.quantizers.registry import METHODS
 from covercal.recipe import Quantization, Recipe
 from covercal.selectors.registry import selector
-from flows.execution import Execution, Pending
+from flows.execution import Direct, Execution, Pending
 from storage.artifacts import ArtifactStore
 from storage.manifest import Ref
 from storage.tables import read_table
@@ -21,6 +21,7 @@ from tasks.identities import (
     identify_evaluation_text,
     identify_model,
     identify_text,
+    model_folder,
 )
 from tasks.losses import sample_losses
 from tasks.measures import measure_set
@@ -304,6 +305,18 @@ def _evaluations(
         EvaluatedText(identity.source.name, kind, references[i], scored[i], scored[count + i])
         for i, (identity, kind) in enumerate(zip(inputs.texts, kinds, strict=True))
     )
+
+
+def check_model(recipe: Recipe, inputs: Inputs, execution: Direct) -> None:
+    """Check the model against the recipe before any heavy work; a GGUF file is unpacked for it.
+
+    Raises
+    ------
+    InputError
+        As `check_inputs`.
+    """
+    imported = execution.run("model", import_model, model=inputs.model) if inputs.model.gguf else None
+    check_inputs(recipe, inputs, model_folder(execution.store, inputs.model, imported))
 
 
 def check_inputs(recipe: Recipe, inputs: Inputs, folder: Any) -> None:

@@ -145,7 +145,15 @@ def sweep(
     written = write_sweep(output or store.root / "sweeps" / record.stem, typed, results)
     failed = [each for each in results if each.error]
     console.print()
-    console.print(sweep_table(rows(results)))
+    found = rows(results)
+    console.print(sweep_table(found))
+    console.print(
+        "Lower is better. Below zero: better than a random set of that size; beats: share of random sets that do worse."
+        if any(row.fields.get("selection.selector") == "random" for row in found)
+        else "Lower is better. With `random` among the selectors, each is compared with chance.",
+        highlight=False,
+        soft_wrap=True,
+    )
     for each in written:
         console.print(f"Written      {each}", soft_wrap=True, highlight=False)
     console.print(f"Record       {record}", soft_wrap=True, highlight=False)

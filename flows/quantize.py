@@ -12,9 +12,9 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from covercal.recipe import parse_recipe
-from flows.chain import identify, run_chain
-from flows.execution import Recorder, Tracked
+from covercal.recipe import Recipe, parse_recipe
+from flows.chain import Inputs, check_model, identify, run_chain
+from flows.execution import Direct, Recorder, Tracked
 from flows.summary import run_name, selection_lines, stage_rows, summarize
 from flows.sweep import CellResult, Tell, cells, found_words, run_cells
 from tasks.cached import open_store
@@ -76,7 +76,11 @@ def sweep(recipe: dict[str, Any]) -> list[dict[str, Any]]:
     store = open_store()
     recorder = _recorder.get() or Recorder()
     tell = _teller.get() or (lambda number, cell, result: None)
-    results = list(run_cells(cells(typed), store, lambda cell: Tracked(store, recorder), tell))
+
+    def check(cell: Recipe, inputs: Inputs) -> None:
+        check_model(cell, inputs, Direct(store, Recorder()))
+
+    results = list(run_cells(cells(typed), store, lambda cell: Tracked(store, recorder), tell, check))
     lines = ["| cell | divergence |", "|---|---:|"]
     lines += [f"| {_cell_name(each)} | {found_words(each)} |" for each in results]
     create_markdown_artifact("\n".join(lines), key="sweep", description="One line for each cell")

@@ -11,17 +11,17 @@ from typing import Any
 
 from rich.console import Console
 
+from covercal.errors import CovercalError
 from covercal.recipe import Recipe
-from flows.chain import Chain, Inputs, check_inputs, identify, run_chain
+from flows.chain import Chain, Inputs, check_model, identify, run_chain
 from flows.display import Display
 from flows.execution import Direct, Event, Planned, Recorder
 from flows.summary import stage_rows, summarize
 from flows.sweep import Cell, CellResult, Tell, cells, found_words, run_cells
 from storage.artifacts import ArtifactStore
 from storage.durable import make_writable_folder
+from storage.errors import StorageError
 from storage.runs import RunRecord, StageRecord, new_run_name, write_run
-from tasks.identities import model_folder
-from tasks.model import import_model
 from tasks.progress import listening
 
 PREFECT_SETTINGS = {
@@ -126,10 +126,11 @@ def execute_sweep(
     wanted = cells(recipe)
     store.send_unsent()
     planned = Recorder()
-    for cell in wanted:
-        run_chain(cell.recipe, identify(cell.recipe, store), Planned(store, planned))
+    broken = [cell for cell in wanted if not _plannable(cell, store, planned)]
     to_do = {event.key for event in planned.events if event.decision not in ("hit", "built", "rebuilt", "pulled")}
     console.print(f"{len(wanted)} cells, {len(to_do)} artifacts or more to make", highlight=False)
+    for cell in broken:
+        console.print(f"  will fail: {cell.name}", highlight=False, markup=False, soft_wrap=True)
     recorder = Recorder()
     clock = time.monotonic()
 
@@ -156,6 +157,15 @@ def execute_sweep(
         summary = {"cells": len(results), "failed": len(failed)}
         record = _write(store, recipe, command, when, started, state, recorder.events, summary, error)
     return results, record
+
+
+def _plannable(cell: Cell, store: ArtifactStore, planned: Recorder) -> bool:
+    """Plan a cell; one that cannot be planned says why when its turn comes, after the others were planned, too."""
+    try:
+        run_chain(cell.recipe, identify(cell.recipe, store), Planned(store, planned))
+    except (CovercalError, StorageError):
+        return False
+    return True
 
 
 def _sweep_flow(
@@ -188,8 +198,7 @@ def _check_model(recipe: Recipe, inputs: Inputs, store: ArtifactStore, display: 
     Returns the event of the unpacking by key, when it had to be done.
     """
     unpacking = Recorder(display.start)
-    imported = Direct(store, unpacking).run("model", import_model, model=inputs.model) if inputs.model.gguf else None
-    check_inputs(recipe, inputs, model_folder(store, inputs.model, imported))
+    check_model(recipe, inputs, Direct(store, unpacking))
     return {event.key: event for event in unpacking.events if event.decision != "hit"}
 
 

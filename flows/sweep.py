@@ -15,13 +15,15 @@ from rich.table import Table
 from covercal.errors import CovercalError
 from covercal.recipe import Recipe, parse_recipe, with_fields
 from covercal.selectors.registry import selector
-from flows.chain import identify, run_chain
+from flows.chain import Inputs, identify, run_chain
 from flows.execution import Execution
 from flows.summary import summarize
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 
 SEED = "selection.seed"
+POOL_SEED = "pool.seed"
+REPEATS = (SEED, POOL_SEED)  # cells that differ by these alone are one row
 SELECTOR = "selection.selector"
 BUDGET = "selection.budget"
 RANDOM = "random"
@@ -68,7 +70,7 @@ Tell = Callable[[int, Cell, CellResult], None]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Cells that differ by their seed alone.
+    """Cells that differ by a seed alone: that of the choice, or that of the pool.
 
     Attributes
     ----------
@@ -78,15 +80,19 @@ class Row:
         The main number of each, in the order of the seeds.
     mean, interval
         Their mean, and half the width of its 95% interval (Student's t); NaN for a single value.
+    difference, difference_interval
+        How far the mean lies above that of random choice of the same size, and half the width of the 95% interval (see
+        `against_random`); NaN where no random choice was run, or for random choice itself.
     percentile
-        Share of the random choices of the same size that are worse than the mean; NaN where there are none, or for
-        random choice itself.
+        Share of the random choices of the same size from the same pool that are worse; NaN as for the difference.
     """
 
     fields: dict[str, Any]
     values: tuple[float, ...]
     mean: float
     interval: float
+    difference: float
+    difference_interval: float
     percentile: float
 
 
@@ -109,11 +115,13 @@ def run_cells(
     store: ArtifactStore,
     execution: Callable[[Cell], Execution],
     tell: Tell = lambda number, cell, result: None,
+    check: Callable[[Recipe, Inputs], None] = lambda recipe, inputs: None,
 ) -> Iterator[CellResult]:
-    """Run every cell and yield what it found; an error of one cell is its result, and the next one runs."""
+    """Run every cell, after `check`, and yield what it found; an error of one cell is its result; the next one runs."""
     for number, cell in enumerate(wanted, start=1):
         try:
             inputs = identify(cell.recipe, store)
+            check(cell.recipe, inputs)
             chain = run_chain(cell.recipe, inputs, execution(cell))
             summary = summarize(cell.recipe, chain, store)
             scores = [_overall(each) for each in summary["evaluation"]]
@@ -146,26 +154,71 @@ def main_number(result: CellResult) -> float:
 
 
 def rows(results: Sequence[CellResult]) -> list[Row]:
-    """Return one row for all cells that differ by their seed alone."""
+    """Return one row for all cells that differ by a seed alone."""
     groups: dict[str, list[CellResult]] = {}
     for result in results:
         if not result.error:
-            groups.setdefault(_without(result.fields, SEED), []).append(result)
+            groups.setdefault(_without(result.fields, *REPEATS), []).append(result)
     rivals = {
-        _without(group[0].fields, SEED, SELECTOR): [main_number(each) for each in group]
+        _without(group[0].fields, *REPEATS, SELECTOR): _by_pool(group)
         for group in groups.values()
         if group[0].fields.get(SELECTOR) == RANDOM
     }
     found = []
     for group in groups.values():
-        fields = {name: value for name, value in group[0].fields.items() if name != SEED}
+        fields = {name: value for name, value in group[0].fields.items() if name not in REPEATS}
         values = tuple(main_number(each) for each in group)
-        mean = float(np.mean(values))
-        others = rivals.get(_without(fields, SEED, SELECTOR), [])
-        compared = others if fields.get(SELECTOR) != RANDOM else []
-        percentile = float(np.mean([other > mean for other in compared])) if compared else math.nan
-        found.append(Row(fields, values, mean, half_interval(values), percentile))
+        others = rivals.get(_without(fields, SELECTOR), {}) if fields.get(SELECTOR) != RANDOM else {}
+        compared = against_random(_by_pool(group), others)
+        found.append(Row(fields, values, float(np.mean(values)), half_interval(values), *compared))
     return found
+
+
+def _by_pool(group: Sequence[CellResult]) -> dict[Any, list[float]]:
+    pools: dict[Any, list[float]] = {}
+    for each in group:
+        pools.setdefault(each.fields.get(POOL_SEED), []).append(main_number(each))
+    return pools
+
+
+def against_random(values: dict[Any, list[float]], rivals: dict[Any, list[float]]) -> tuple[float, float, float]:
+    """Compare one selector's numbers with those of random choice; lower numbers are better.
+
+    Parameters
+    ----------
+    values, rivals
+        The numbers by pool.
+
+    Returns
+    -------
+    difference, interval
+        Mean of the first less mean of the second, and half the width of its 95% interval. Over several pools it is
+        that of the paired differences, one for each pool (Student's t). Over one pool it is Welch's, where a
+        selector without chance adds nothing to it: the luck of a pool's draw is not in it.
+    percentile
+        Share of the pairs from one pool where the random choice is worse.
+        All three are NaN where no pool has both.
+    """
+    shared = [pool for pool in values if pool in rivals]
+    if not shared:
+        return math.nan, math.nan, math.nan
+    percentile = float(np.mean([other > value for pool in shared for value in values[pool] for other in rivals[pool]]))
+    differences = [float(np.mean(values[pool]) - np.mean(rivals[pool])) for pool in shared]
+    if len(shared) > 1:
+        return float(np.mean(differences)), half_interval(differences), percentile
+    return differences[0], _welch_half_interval(values[shared[0]], rivals[shared[0]]), percentile
+
+
+def _welch_half_interval(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return half the width of the 95% interval of a difference of means; a single value counts as known exactly."""
+    from scipy.stats import t
+
+    parts = [(float(np.var(each, ddof=1)) / len(each), len(each) - 1) for each in (a, b) if len(each) > 1]
+    squared = sum(part for part, _ in parts)
+    if squared == 0:
+        return 0.0 if parts else math.nan
+    freedom = squared**2 / sum(part**2 / degrees for part, degrees in parts)
+    return float(t.ppf(0.975, freedom)) * math.sqrt(squared)
 
 
 def half_interval(values: Sequence[float]) -> float:
@@ -189,9 +242,7 @@ def write_sweep(folder: Path, recipe: Recipe, results: Sequence[CellResult]) -> 
     value = {
         "recipe": recipe.model_dump(mode="json"),
         "cells": [asdict(each) for each in results],
-        "rows": [
-            {**asdict(row), "interval": _plain(row.interval), "percentile": _plain(row.percentile)} for row in found
-        ],
+        "rows": [{name: _plain(value) for name, value in asdict(row).items()} for row in found],
     }
     written = [folder / "sweep.json"]
     written[0].write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
@@ -212,12 +263,12 @@ def plot(found: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    others = {_without(row.fields, BUDGET, SELECTOR, SEED) for row in found}
+    others = {_without(row.fields, BUDGET, SELECTOR) for row in found}
     figure, axes = pyplot.subplots(
         1, len(others), figsize=(6.4 * len(others), 4.2), squeeze=False, layout="constrained"
     )
     for axis, other in zip(axes[0], sorted(others), strict=True):
-        mine = [row for row in found if _without(row.fields, BUDGET, SELECTOR, SEED) == other]
+        mine = [row for row in found if _without(row.fields, BUDGET, SELECTOR) == other]
         names = list(dict.fromkeys(str(row.fields.get(SELECTOR, "this recipe")) for row in mine))
         for name in names:
             line = sorted((r for r in mine if str(r.fields.get(SELECTOR, "this recipe")) == name), key=_budget_of)
@@ -242,16 +293,28 @@ def _budget_of(row: Row) -> int:
 
 
 def sweep_table(found: Sequence[Row]) -> Table:
-    """Return one line for each group of cells that differ by their seed alone."""
+    """Return one line for each group of cells that differ by a seed alone."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     names = list(dict.fromkeys(name for row in found for name in row.fields))
     for name in names:
-        table.add_column(name.rsplit(".", 1)[-1])
-    for name in ("seeds", "mean", "95% interval", "better than random"):
-        table.add_column(name, justify="right")
+        table.add_column(name.rsplit(".", 1)[-1], no_wrap=True)
+    compared = any(not math.isnan(row.difference) for row in found)
+    table.add_column("runs", justify="right")
+    for name in ("mean ± 95%", *(("minus random ± 95%",) if compared else ())):
+        table.add_column(name, no_wrap=True)
+    if compared:
+        table.add_column("beats", justify="right")
     for row in found:
-        interval = "" if math.isnan(row.interval) else f"± {row.interval:.4f}"
-        beats = "" if math.isnan(row.percentile) else f"{row.percentile:.0%}"
         cells = [str(row.fields.get(name, "")) for name in names]
-        table.add_row(*cells, str(len(row.values)), f"{row.mean:.4f}", interval, beats)
+        cells += [str(len(row.values)), _with_interval(row.mean, row.interval)]
+        if compared:
+            cells.append(_with_interval(row.difference, row.difference_interval, sign="+"))
+            cells.append("" if math.isnan(row.percentile) else f"{row.percentile:.0%}")
+        table.add_row(*cells)
     return table
+
+
+def _with_interval(value: float, interval: float, sign: str = "") -> str:
+    if math.isnan(value):
+        return ""
+    return f"{value:{sign}.4f}" + (f" ± {interval:.4f}" if not math.isnan(interval) else "")

@@ -140,7 +140,7 @@ def recipe_value(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
         },
     }
     for section, fields in changes.items():
-        value[section] = {**value[section], **fields}
+        value[section] = {**value.get(section, {}), **fields}
     return value
 
 

@@ -127,6 +127,37 @@ def test_a_later_block_is_calibrated_behind_the_quantised_earlier_blocks(archite
     assert torch.equal(by_name(blocks)[full].codes, expected_codes(model, full, inputs_of(behind, full)))
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_outputs_that_are_kept_change_no_bit(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(architecture)
+    kept = quantized(model)
+    monkeypatch.setattr("covercal.quantization.KEPT_SHARE", 0.0)
+    for one, other in zip(kept, quantized(model), strict=True):
+        assert all(torch.equal(a.codes, b.codes) for a, b in zip(one.linears, other.linears, strict=True))
+        assert all(
+            replace(a, seconds=0) == replace(b, seconds=0) for a, b in zip(one.reports, other.reports, strict=True)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(one.leaving, other.leaving, strict=True))
+
+
+@pytest.mark.parametrize(("share", "computed"), [(0.25, 7), (0.0, 3 + 4 + 6 + 7)])
+def test_a_linear_is_computed_once_a_batch_when_memory_allows(
+    share: float, computed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = make_decoder(tiny_model())
+    calls: list[Tensor] = []
+    plain = nn.Linear.forward
+
+    def counting(self: nn.Linear, x: Tensor) -> Tensor:
+        calls.append(x)
+        return plain(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counting)
+    monkeypatch.setattr("covercal.quantization.KEPT_SHARE", share)
+    blocks = list(quantize_blocks(decoder, SAMPLES, GPTQ, "float32"))
+    assert len(calls) == computed * 2 * len(blocks)  # two lengths, a batch each
+
+
 def with_uneven_norms() -> PreTrainedModel:
     """Return a model with norms that bfloat16 cannot represent, and embeddings that it can."""
     model = tiny_model("qwen2")

@@ -1,0 +1,254 @@
+"""Sweeps: which cells there are, what rows say of them, and that a failing cell loses no other."""
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from covercal.errors import InputError
+from covercal.recipe import load_recipe
+from flows.chain import check_model
+from flows.execution import Direct, Recorder
+from flows.sweep import (
+    CellResult,
+    against_random,
+    cells,
+    half_interval,
+    main_number,
+    rows,
+    run_cells,
+    sweep_table,
+    write_sweep,
+)
+from storage.artifacts import ArtifactStore
+from tests.flows.test_cli import Command, command
+
+WriteRecipe = Callable[..., Path]
+__all__ = ["command"]  # the fixture
+
+
+def result(value: float, **fields: Any) -> CellResult:
+    """Return a cell that ended with a divergence; `selector`, `budget`, `seed` and `pool_seed` name its fields."""
+    names = {"pool_seed": "pool.seed", "bits": "quantization.bits"}
+    score = {"text": "t", "kind": "divergence", "run": {"divergence": value, "perplexity": 9.0}}
+    return CellResult({names.get(name, f"selection.{name}"): each for name, each in fields.items()}, scores=[score])
+
+
+# --- cells ---------------------------------------------------------------------------------------------------------
+
+
+def test_cells_are_all_combinations_and_a_seed_counts_only_where_it_is_read(write_recipe: WriteRecipe) -> None:
+    sweep = {
+        "selection.selector": ["random", "coverage"],
+        "selection.budget": [2, 4],
+        "selection.seed": [0, 1, 2],
+    }
+    found = cells(load_recipe(write_recipe(sweep=sweep)))
+    names = {(c.recipe.selection.selector, c.recipe.selection.budget, c.recipe.selection.seed) for c in found}
+    assert names == {("random", b, s) for b in (2, 4) for s in (0, 1, 2)} | {("coverage", b, 0) for b in (2, 4)}
+    assert len(found) == len(names)
+
+
+def test_a_cell_is_the_recipe_with_its_fields_set(write_recipe: WriteRecipe) -> None:
+    path = write_recipe(sweep={"quantization.bits": [3, 8], "quantization.shrinkage": [0.0, 0.5]})
+    for cell in cells(load_recipe(path)):
+        fields = [f"{name}={value}" for name, value in cell.fields.items()]
+        expected = load_recipe(path, fields)
+        assert cell.recipe.quantization == expected.quantization
+        assert cell.recipe.sweep == {} or cell.recipe.sweep == expected.sweep
+
+
+# --- intervals -----------------------------------------------------------------------------------------------------
+
+VALUES = [0.71, 0.74, 0.73, 0.79, 0.75]
+RIVALS = [0.78, 0.80, 0.74, 0.83, 0.81]
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    low, high = stats.t.interval(0.95, 4, np.mean(VALUES), stats.sem(VALUES))
+    assert half_interval(VALUES) == pytest.approx((high - low) / 2)
+    assert math.isnan(half_interval([1.0]))
+
+
+def test_over_several_pools_the_difference_is_paired() -> None:
+    found, interval, _ = against_random({p: [v] for p, v in enumerate(VALUES)}, {p: [v] for p, v in enumerate(RIVALS)})
+    expected = stats.ttest_rel(VALUES, RIVALS).confidence_interval(0.95)
+    assert found == pytest.approx(np.mean(VALUES) - np.mean(RIVALS))
+    assert (found - interval, found + interval) == pytest.approx((expected.low, expected.high))
+
+
+def test_over_one_pool_the_difference_is_welchs() -> None:
+    found, interval, _ = against_random({None: VALUES[:3]}, {None: RIVALS})
+    expected = stats.ttest_ind(VALUES[:3], RIVALS, equal_var=False).confidence_interval(0.95)
+    assert (found - interval, found + interval) == pytest.approx((expected.low, expected.high))
+
+
+def test_a_selector_without_chance_adds_nothing_to_the_interval() -> None:
+    found, interval, _ = against_random({None: [0.7]}, {None: RIVALS})
+    assert found == pytest.approx(0.7 - np.mean(RIVALS))
+    assert interval == pytest.approx(half_interval(RIVALS))
+
+
+def test_two_single_values_have_a_difference_and_no_interval() -> None:
+    found, interval, percentile = against_random({None: [0.7]}, {None: [0.8]})
+    assert found == pytest.approx(-0.1)
+    assert math.isnan(interval)
+    assert percentile == 1.0
+
+
+def test_the_percentile_compares_within_a_pool_only() -> None:
+    values = {0: [0.5], 1: [2.5]}
+    rivals = {0: [1.0, 0.4, 0.6, 0.7], 1: [2.0, 2.1, 2.2, 3.0]}
+    assert against_random(values, rivals)[2] == pytest.approx((3 + 1) / 8)
+
+
+def test_without_random_choice_there_is_nothing_to_compare_with() -> None:
+    assert all(math.isnan(each) for each in against_random({None: [0.7]}, {}))
+    assert all(math.isnan(each) for each in against_random({0: [0.7]}, {1: [0.7]}))
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_gather_seeds_and_compare_with_random_choice_of_the_same_size() -> None:
+    found = rows(
+        [
+            *(result(v, selector="random", budget=8, seed=s) for s, v in enumerate(RIVALS)),
+            *(result(v - 0.3, selector="random", budget=32, seed=s) for s, v in enumerate(RIVALS)),
+            result(0.79, selector="coverage", budget=8, seed=0),
+            result(0.60, selector="coverage", budget=32, seed=0),
+            CellResult({"selection.selector": "zipcal", "selection.budget": 8}, error="it broke"),
+        ]
+    )
+    assert [(r.fields["selection.selector"], r.fields["selection.budget"], len(r.values)) for r in found] == [
+        ("random", 8, 5), ("random", 32, 5), ("coverage", 8, 1), ("coverage", 32, 1)
+    ]  # fmt: skip
+    assert found[0].mean == pytest.approx(np.mean(RIVALS))
+    assert math.isnan(found[0].difference)
+    assert found[2].percentile == pytest.approx(3 / 5)
+    assert found[3].percentile == 0.0
+    assert found[3].difference == pytest.approx(0.6 - (np.mean(RIVALS) - 0.3))
+
+
+def test_rows_pair_the_pools_of_a_sweep_over_pool_seeds() -> None:
+    cells_found = [
+        result(v, selector=name, budget=8, pool_seed=p)
+        for name, values in (("random", RIVALS), ("coverage", VALUES))
+        for p, v in enumerate(values)
+    ]
+    random, coverage = rows(cells_found)
+    assert random.values == tuple(RIVALS)
+    low, high = stats.ttest_rel(VALUES, RIVALS).confidence_interval(0.95)
+    assert 2 * coverage.difference_interval == pytest.approx(high - low)
+
+
+def test_other_fields_keep_rows_apart() -> None:
+    found = rows([result(b / 10, selector="random", bits=b, seed=0) for b in (3, 4)])
+    assert [r.mean for r in found] == [0.3, 0.4]
+
+
+def test_the_main_number_is_the_divergence_else_the_perplexity() -> None:
+    perplexity = {"text": "p", "kind": "perplexity", "run": {"perplexity": 20.0}}
+    assert main_number(CellResult({}, scores=[perplexity, *result(0.5).scores])) == 0.5
+    assert main_number(CellResult({}, scores=[perplexity])) == 20.0
+    assert math.isnan(main_number(CellResult({})))
+
+
+# --- what is written -----------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_written_as_json_with_null_for_what_is_not_known(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    found = [result(0.1 * b, selector="coverage", budget=b) for b in (2, 4)]
+    written = write_sweep(tmp_path / "out", load_recipe(write_recipe()), found)
+    value = json.loads(written[0].read_text())
+    assert [r["mean"] for r in value["rows"]] == [0.2, 0.4]
+    assert value["rows"][0]["difference"] is value["rows"][0]["interval"] is None
+    assert [path.name for path in written] == ["sweep.json", "sweep.png"]
+    assert written[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_rows_give_the_same_picture(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    found = [result(0.1 * b + 0.01 * s, selector="random", budget=b, seed=s) for b in (2, 4) for s in (0, 1)]
+    recipe = load_recipe(write_recipe())
+    one, other = (write_sweep(tmp_path / name, recipe, found)[1].read_bytes() for name in ("a", "b"))
+    assert one == other
+
+
+def test_one_budget_needs_no_picture(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    written = write_sweep(tmp_path, load_recipe(write_recipe()), [result(0.5, selector="coverage", budget=8)])
+    assert [path.name for path in written] == ["sweep.json"]
+
+
+def test_the_table_leaves_comparisons_out_where_nothing_is_random() -> None:
+    columns = [column.header for column in sweep_table(rows([result(0.5, selector="coverage", budget=8)])).columns]
+    assert columns == ["selector", "budget", "runs", "mean ± 95%"]
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------
+
+GRID = {"selection.budget": [2, 4], "quantization.group_size": [16, 7]}  # 7 divides nothing
+
+
+def test_a_failing_cell_loses_no_other(write_recipe: WriteRecipe, store: ArtifactStore) -> None:
+    wanted = cells(load_recipe(write_recipe(sweep=GRID)))
+    direct = Direct(store, Recorder())
+    check = functools.partial(check_model, execution=direct)
+    found = list(run_cells(wanted, store, lambda cell: direct, check=check))
+    failed = {(f.fields["selection.budget"], f.fields["quantization.group_size"]) for f in found if f.error}
+    assert failed == {(2, 7), (4, 7)}
+    assert all("group_size 7 does not divide" in f.error for f in found if f.error)
+    assert all(f.scores[0]["run"]["divergence"] > 0 for f in found if not f.error)
+
+
+def test_the_check_comes_before_any_work_of_a_cell(write_recipe: WriteRecipe, store: ArtifactStore) -> None:
+    def check(*_: object) -> None:
+        raise InputError("no such thing")
+
+    wanted = cells(load_recipe(write_recipe(sweep=GRID)))
+    found = list(run_cells(wanted, store, lambda cell: Direct(store, Recorder()), check=check))
+    assert {f.error for f in found} == {"InputError: no such thing"}
+    assert not list(store.manifests())
+
+
+def test_cells_share_every_stage_they_can(write_recipe: WriteRecipe, store: ArtifactStore) -> None:
+    sweep = {"selection.selector": ["random", "coverage"], "selection.budget": [2, 4], "selection.seed": [0, 1]}
+    list(run_cells(cells(load_recipe(write_recipe(sweep=sweep))), store, lambda cell: Direct(store, Recorder())))
+    stages = [manifest.stage for manifest in store.manifests()]
+    assert {name: stages.count(name) for name in ("pool", "outliers", "reference")} == {
+        "pool": 1, "outliers": 1, "reference": 1
+    }  # fmt: skip
+    assert stages.count("checkpoint") == 6 + 1  # a cell each, and round-to-nearest
+
+
+def test_the_command_shows_every_cell_and_fails_when_one_did(
+    command: Command, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    path = write_recipe(sweep=GRID)
+    code, out, err = command("sweep", path, "--output", tmp_path / "out")
+    assert code == 1
+    assert "2 of 4 cells failed" in err
+    assert "group_size 7 does not divide" in err
+    value = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [bool(cell["error"]) for cell in value["cells"]] == [False, True, False, True]
+    assert len(value["rows"]) == 2
+    assert out.count("/4 ") == 4
+
+
+def test_a_cell_that_cannot_even_be_planned_is_announced(command: Command, write_recipe: WriteRecipe) -> None:
+    path = write_recipe(sweep={"model.source": ["/no/such/model", str(Path(write_recipe()).parent / "none")]})
+    code, out, err = command("sweep", path)
+    assert code == 1
+    assert out.count("will fail:") == 2
+    assert "2 of 2 cells failed" in err
+
+
+def test_a_recipe_without_a_sweep_says_how_to_add_one(command: Command, write_recipe: WriteRecipe) -> None:
+    code, _, err = command("sweep", write_recipe())
+    assert code == 2
+    assert "has no `sweep:`" in err
