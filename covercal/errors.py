@@ -15,3 +15,17 @@ class ActivationError(CovercalError):
 
 class QuantizationError(CovercalError):
     """A linear layer cannot be quantised as asked."""
+
+
+class TooFewSamplesError(InputError):
+    """Texts that do not give the samples asked of them.
+
+    Attributes
+    ----------
+    read
+        What was read of them.
+    """
+
+    def __init__(self, message: str, read: str) -> None:
+        super().__init__(message)
+        self.read = read

@@ -66,8 +66,10 @@ def gram_distance(energies: Iterable[npt.NDArray[np.float32]], chosen: npt.NDArr
     energies
         Site after site, (samples of the pool, channels of the site).
     chosen
-        Samples of the set.
+        Samples of the set, at least one.
     """
+    if not len(chosen):
+        raise ValueError("a set of no samples has no Gram matrix")
     found = [set_distance(each[chosen].mean(axis=0, dtype=np.float64), each) for each in energies]
     return float(np.sqrt(np.mean(found))) if found else 0.0
 

@@ -46,6 +46,14 @@ def quantile(values: npt.NDArray[np.float32], share: float) -> float:
     return float(parted[low]) + (place - low) * (float(parted[high]) - float(parted[low]))
 
 
+def above(peaks: Peaks, limit: float) -> npt.NDArray[np.bool_]:
+    """Return where peaks lie above a limit of higher precision, exactly as in float64, without a copy in float64."""
+    with np.errstate(over="ignore"):
+        nearest = np.float32(limit)
+    below = np.nextafter(nearest, np.float32(-np.inf)) if float(nearest) > limit else nearest
+    return peaks > below
+
+
 def poorly_reconstructed(errors: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     """Return the indices of errors above median + 2 standard deviations (COVERCAL, algorithm 2)."""
     return np.flatnonzero(errors > np.median(errors) + 2 * errors.std()) if errors.size else np.zeros(0, dtype=np.int64)

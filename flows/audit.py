@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
-from covercal.errors import InputError
+from covercal.errors import InputError, TooFewSamplesError
 from covercal.recipe import Recipe, TextSource
-from flows.chain import identify, run_chain
+from flows.chain import check_model, identify, run_chain
 from flows.execution import Direct, Recorder
 from storage.artifacts import ArtifactStore
 from tasks.audit import audit_set
@@ -31,24 +32,31 @@ def audit(recipe: Recipe, source: TextSource, store: ArtifactStore, recorder: Re
     Raises
     ------
     InputError
-        When the set gives no sample.
+        When the set gives no sample; nothing heavy has been done then.
     """
-    inputs = identify(recipe, store)
+    inputs, texts = identify(recipe, store), identify_text(source, store)
     execution = Direct(store, recorder)
-    chain = run_chain(recipe, inputs, execution, until="outliers")
     model = inputs.model
-    place = {"model": model, "imported": chain.imported, "dtype": recipe.model.dtype, "device": recipe.device}
-    own = execution.run(
-        "calibration",
-        make_pool,
-        sources=(identify_text(source, store),),
-        tokenizer=TokenizerIdentity(model),
-        imported=chain.imported,
-        lengths=recipe.pool.lengths,
-        packing="join",
-        samples=None,
-        seed=recipe.pool.seed,
-    )
+    imported = check_model(recipe, inputs, Direct(store, Recorder()))
+    try:
+        own = execution.run(
+            "calibration",
+            make_pool,
+            sources=(texts,),
+            tokenizer=TokenizerIdentity(model),
+            imported=imported,
+            lengths=recipe.pool.lengths,
+            packing="join",
+            samples=None,
+            seed=recipe.pool.seed,
+        )
+    except TooFewSamplesError as cause:
+        raise InputError(
+            f"--calibration {source.path} gives no sample of {min(recipe.pool.lengths)} tokens: {cause.read}. "
+            "Give more text, or a smaller pool.sequence_length."
+        ) from cause
+    chain = run_chain(recipe, inputs, execution, until="outliers")
+    place = {"model": model, "imported": imported, "dtype": recipe.model.dtype, "device": recipe.device}
     shards = pool_shards(store, own, recipe.statistics.shard_samples)
     settings = {"sites": recipe.statistics.sites, "skip_tokens": recipe.statistics.skip_tokens}
     wanted = [{**place, **settings, "pool": own, "shard": shard} for shard in shards]
@@ -75,14 +83,15 @@ def audit_lines(found: dict[str, Any]) -> list[str]:
     worst = min(blocks, key=lambda block: blocks[block]) if blocks else None
     domains = sorted(found["domains"].items(), key=lambda each: (-each[1], each[0]))
     mix = ", ".join(f"{count} {name}" for name, count in domains)
+    pairs = found["samples"] > 1 and found["outlier_channels"] > 0
+    alike = f"two samples share {found['jaccard']:.1%} of the channels that either fires; " if pairs else ""
     lines = [
-        f"Set          {found['samples']} samples: {mix}",
+        f"Set          {found['samples']} sample{'s' if found['samples'] > 1 else ''}: {mix}",
         f"Coverage     {found['coverage']:.1%} of {found['outlier_channels']:,} outlier channels of the pool; "
         f"as many random samples of the pool: {found['random_coverage']:.1%}",
         f"             {found['weighted_coverage']:.1%} of their weight; random: "
         f"{found['random_weighted_coverage']:.1%}, chosen by coverage: {found['chosen_weighted_coverage']:.1%}",
-        f"Likeness     two samples share {found['jaccard']:.1%} of the channels that either fires; "
-        f"Gram diagonals {found['gram_distance']:.1%} off the pool's",
+        f"Likeness     {alike}Gram diagonals {found['gram_distance']:.1%} off the pool's",
     ]
     if worst is not None:
         lines.append(f"Weakest      block {worst}: {blocks[worst]:.1%} of its outlier channels covered")
@@ -97,7 +106,7 @@ def missed_table(found: dict[str, Any]) -> Table:
     for each in found["heaviest_missed"]:
         table.add_row(
             str(each["block"]),
-            each["linears"],
+            escape(each["linears"]),
             str(each["channel"]),
             f"{each['peak_over_threshold']:.2f}",
             f"{each['weight_share']:.3%}",
@@ -112,5 +121,5 @@ def help_table(found: dict[str, Any]) -> Table:
         table.add_column(name, justify="right" if name in ("sample", "adds") else "left", no_wrap=True)
     for each in found["would_help"]:
         text = " ".join(each["text"].split())[:60]
-        table.add_row(str(each["sample"]), f"{each['adds']:.2%}", each["domain"], text)
+        table.add_row(str(each["sample"]), f"{each['adds']:.2%}", escape(each["domain"]), escape(text))
     return table

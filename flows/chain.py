@@ -115,7 +115,7 @@ def run_chain(recipe: Recipe, inputs: Inputs, execution: Execution, *, until: st
     measured = Measured(
         pool,
         _statistics(recipe, execution, pool, shards, place),
-        _losses(recipe, execution, pool, shards, place),
+        _losses(recipe, execution, pool, shards, place) if until != "outliers" else None,
     )
     if until == "outliers":
         outliers = _outliers(recipe, execution, measured, "outliers", ())
@@ -307,8 +307,8 @@ def _evaluations(
     )
 
 
-def check_model(recipe: Recipe, inputs: Inputs, execution: Direct) -> None:
-    """Check the model against the recipe before any heavy work; a GGUF file is unpacked for it.
+def check_model(recipe: Recipe, inputs: Inputs, execution: Direct) -> Ref | None:
+    """Check the model against the recipe before any heavy work; a GGUF file is unpacked for it, and returned.
 
     Raises
     ------
@@ -317,6 +317,7 @@ def check_model(recipe: Recipe, inputs: Inputs, execution: Direct) -> None:
     """
     imported = execution.run("model", import_model, model=inputs.model) if inputs.model.gguf else None
     check_inputs(recipe, inputs, model_folder(execution.store, inputs.model, imported))
+    return imported
 
 
 def check_inputs(recipe: Recipe, inputs: Inputs, folder: Any) -> None:

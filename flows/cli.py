@@ -60,8 +60,13 @@ def run(
         print_json({"stages": finished.stages, **finished.summary, "report": None, "record": str(finished.record)})
     _show_result(typed, finished.summary, console)
     console.print(f"[bold]Record[/bold]       {finished.record}", soft_wrap=True, highlight=False)
-    console.print(f"Next         covercal run {recipe} --set selection.budget={max(1, typed.selection.budget // 2)}   "
-                  "(reuses all but quantisation and evaluation)", soft_wrap=True, highlight=False)  # fmt: skip
+    again = f"covercal run {recipe} --set selection.budget={max(1, typed.selection.budget // 2)}"
+    console.print(
+        f"Next         {again}   (reuses all but quantisation and evaluation)",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
 
 
 @app.command()
@@ -81,7 +86,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
         print_json({"stages": rows})
     left = sum(row["decision"] not in ("hit", "built", "rebuilt", "pulled") for row in rows)
     console.print(f"{left} of {len(rows)} stages to do", highlight=False)
-    console.print(f"Next         {_command('run', recipe, overrides)}", soft_wrap=True, highlight=False)
+    console.print(f"Next         {_command('run', recipe, overrides)}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
@@ -118,7 +123,8 @@ def select(
             f"Written      {output} ({typed.selection.budget} lines: text, tokens, domain, rank, gain)", highlight=False
         )
     else:
-        console.print(f"Next         covercal select {recipe} --output chosen.jsonl", highlight=False)
+        again = _command("select", recipe, overrides)
+        console.print(f"Next         {again} --output chosen.jsonl", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
@@ -187,7 +193,7 @@ def audit(
     console = new_console(as_json)
     typed = load_recipe(recipe, overrides or [])
     source = calibration_source(calibration, text, domain)
-    _header(console, "audit", recipe, overrides)
+    _header(console, "audit", recipe, overrides, f"--calibration {calibration}")
     with Display(typed, console) as display, listening(display.progress):
         recorder = Recorder(display.start, display.event)
         found = audit_flow(typed, source, the_store(offline=offline), recorder)
@@ -199,7 +205,8 @@ def audit(
         if found[name]:
             console.print()
             console.print(table)
-    console.print(f"Next         covercal select {recipe} --output chosen.jsonl", soft_wrap=True, highlight=False)
+    again = _command("select", recipe, overrides)
+    console.print(f"Next         {again} --output chosen.jsonl", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
@@ -236,9 +243,9 @@ def _command(name: str, recipe: Path, overrides: list[str] | None) -> str:
     return " ".join(["covercal", name, str(recipe), *(f"--set {each}" for each in overrides or [])])
 
 
-def _header(console: Console, name: str, recipe: Path, overrides: list[str] | None) -> str:
+def _header(console: Console, name: str, recipe: Path, overrides: list[str] | None, *others: str) -> str:
     """Print and return the command."""
-    command = _command(name, recipe, overrides)
+    command = " ".join([_command(name, recipe, overrides), *others])
     console.print(f"[bold]{escape(command)}[/bold]", soft_wrap=True, highlight=False)
     return command
 

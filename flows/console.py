@@ -13,6 +13,8 @@ from storage.artifacts import ArtifactStore
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Go on without the remote cache: from the local one alone.")]
 
+FILE_WIDTH = 140  # where no terminal says how wide it is
+
 
 def the_store(*, offline: bool = False) -> ArtifactStore:
     """Return the store that the environment names; `offline` holds for everything this process does."""
@@ -25,7 +27,10 @@ def the_store(*, offline: bool = False) -> ArtifactStore:
 
 def new_console(as_json: bool) -> Console:
     """Return where people read: stdout, or stderr when stdout is for a machine."""
-    return Console(stderr=as_json)
+    console = Console(stderr=as_json)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = FILE_WIDTH
+    return console
 
 
 def print_json(value: dict[str, Any]) -> None:

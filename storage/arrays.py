@@ -51,6 +51,8 @@ def write_array(path: Path, values: npt.NDArray[np.generic]) -> None:
 class Columns:
     """Several stored matrices of one width, read some columns at a time as if their rows lay in one.
 
+    Whoever reads from left to right reads every chunk once: those that the last columns lay in are kept.
+
     Parameters
     ----------
     paths
@@ -70,14 +72,32 @@ class Columns:
             raise StorageError(f"Arrays {paths[0]} … have different widths: {sorted(widths)}.")
         self.rows = sum(array.shape[0] for array in self._arrays)
         self.width = widths.pop() if widths else 0
+        self._chunk = max((array.chunks[1] for array in self._arrays), default=1)
+        self._start = 0
+        self._kept: npt.NDArray[np.generic] | None = None
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.generic]:
         """Return columns [start, stop) of all rows."""
+        first = start // self._chunk * self._chunk
+        end = min(-(-stop // self._chunk) * self._chunk, self.width)
+        kept, kept_end = self._kept, self._start + (0 if self._kept is None else self._kept.shape[1])
+        if kept is None or not self._start <= first < kept_end:
+            kept = self._chunks(first, end)
+        else:
+            kept = kept[:, first - self._start :]
+            if end > kept_end:
+                kept = np.concatenate([kept, self._chunks(kept_end, end)], axis=1)
+        self._start, self._kept = first, kept
+        return kept[:, start - first : stop - first]
+
+    def _chunks(self, start: int, stop: int) -> npt.NDArray[np.generic]:
         parts = [
             _without_nan(np.asarray(array[:, start:stop]), path)
             for array, path in zip(self._arrays, self._paths, strict=True)
         ]
-        return np.concatenate(parts)
+        found = np.concatenate(parts)
+        found.flags.writeable = False  # what `read` returns is a part of it
+        return found
 
 
 def read_array(path: Path, columns: Sequence[int] | npt.NDArray[np.intp] | None = None) -> npt.NDArray[np.generic]:

@@ -39,6 +39,7 @@ def audit_set(
     own, own_statistics
         The calibration set as samples, and their activations at the same sites.
     """
+    _check_sites(store, statistics, own_statistics)
     coverage, weights = coverage_matrix(store, outliers)
     fires = own_coverage(store, outliers, own_statistics)
     covered = np.asarray(fires.any(axis=0))
@@ -62,11 +63,15 @@ def own_coverage(store: ArtifactStore, outliers: Ref, statistics: tuple[Ref, ...
     return np.asarray(np.concatenate(parts).astype(np.float64) > columns["threshold"])
 
 
+def _check_sites(store: ArtifactStore, pool: tuple[Ref, ...], own: tuple[Ref, ...]) -> None:
+    ours, theirs = (list(site_bounds([store.path(ref) for ref in refs])) for refs in (pool, own))
+    if ours != theirs:
+        raise StorageError("the calibration set was not measured at the pool's sites")
+
+
 def _gram_distance(store: ArtifactStore, pool: tuple[Ref, ...], own: tuple[Ref, ...]) -> float:
     ours, theirs = ([store.path(ref) for ref in refs] for refs in (pool, own))
     pool_energies, own_energies = Columns([f / ENERGY for f in ours]), Columns([f / ENERGY for f in theirs])
-    if pool_energies.width != own_energies.width:
-        raise StorageError("the calibration set was not measured at the pool's sites")
     found = [
         set_distance(
             np.asarray(own_energies.read(first, end)).mean(axis=0, dtype=np.float64),

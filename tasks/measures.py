@@ -18,7 +18,7 @@ from tasks.thresholds import coverage_matrix, outlier_columns
 MEASURES = "measures.json"
 
 
-@cached("measures", version=1, names={"samples": "the chosen samples"})
+@cached("measures", version=2, names={"samples": "the chosen samples"})
 def measure_set(
     build: Build, *, pool: Ref, outliers: Ref, statistics: tuple[Ref, ...], samples: tuple[int, ...]
 ) -> None:
@@ -59,7 +59,7 @@ def cover_measures(
     return {
         "outlier_channels": int(weights.size),
         "coverage": float(covered.mean()) if covered.size else 0.0,
-        "weighted_coverage": 1.0 - missed / total if total else 0.0,
+        "weighted_coverage": max(0.0, 1.0 - missed / total) if total else 0.0,
         "random_coverage": random_share,
         "random_weighted_coverage": random_weight,
         "coverage_by_block": coverage_by_block(covered, outlier_columns(store, outliers, "block")["block"]),

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from covercal.errors import InputError
+from covercal.errors import InputError, TooFewSamplesError
 from covercal.pool import Counts, Sample, pack, read_documents, spread_over_domains, unique_documents, windows
 from covercal.recipe import DivergenceText, PerplexityText
 from storage.artifacts import ArtifactStore
@@ -68,7 +68,7 @@ def make_pool(
     documents = unique_documents([each.source for each in sources], counts)
     if not documents:
         names = ", ".join(each.source.name for each in sources)
-        raise InputError(f"The pool is empty: pool.sources ({names}) hold no text.")
+        raise TooFewSamplesError(f"The pool is empty: pool.sources ({names}) hold no text.", "no text in it")
     encoder = load_tokenizer(build.store, tokenizer.model, imported)
     advance = build.progress(samples or 0, "samples")
     packed = []
@@ -77,7 +77,7 @@ def make_pool(
         counts.domains[sample.domain] = counts.domains.get(sample.domain, 0) + 1
         advance(1)
     if len(packed) < (samples or 1):
-        raise InputError(_too_few(len(packed), samples or 1, lengths, packing, counts))
+        raise _too_few(len(packed), samples or 1, lengths, packing, counts)
     write_samples(build, packed, encoder)
     return asdict(counts)
 
@@ -148,15 +148,16 @@ def sample_tokens(store: ArtifactStore, ref: Ref) -> list[npt.NDArray[np.int32]]
     return [values[a:b] for a, b in pairwise(offsets)]
 
 
-def _too_few(found: int, wanted: int, lengths: tuple[int, ...], packing: str, counts: Counts) -> str:
+def _too_few(found: int, wanted: int, lengths: tuple[int, ...], packing: str, counts: Counts) -> TooFewSamplesError:
     size = f"{lengths[0]} tokens" if len(lengths) == 1 else f"{min(lengths)} to {max(lengths)} tokens"
     short = (
         f"; {counts.too_short} texts were too short (pool.packing: join would use them)"
         if packing == "separate"
         else ""
     )
-    return (
-        f"The texts give {found} samples of {size}, and pool.samples asks for {wanted}: "
-        f"{counts.documents} texts read, {counts.duplicates} duplicates and {counts.empty} empty ones dropped{short}. "
-        "Lower pool.samples or pool.sequence_length, or add texts."
+    read = f"{counts.documents} texts read, {counts.duplicates} duplicates and {counts.empty} empty ones dropped{short}"
+    return TooFewSamplesError(
+        f"The texts give {found} samples of {size}, and pool.samples asks for {wanted}: {read}. "
+        "Lower pool.samples or pool.sequence_length, or add texts.",
+        read,
     )

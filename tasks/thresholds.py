@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from covercal.errors import CovercalError
-from covercal.thresholds import PEAK_RULES, SIGMA, poorly_reconstructed
+from covercal.thresholds import PEAK_RULES, SIGMA, above, poorly_reconstructed
 from storage.arrays import Columns, read_array, write_array
 from storage.artifacts import ArtifactStore
 from storage.manifest import Ref
@@ -88,35 +88,37 @@ def find_outliers(
     factors = [lowered_k if lowered_k is not None and site in lowered else k for site in sites["site"].to_pylist()]
     peaks = Columns([folder / PEAK for folder in shards])
     rows = sites.to_pylist()
-    if rule == SIGMA:
-        limits = [row["mean"] + factor * row["sigma"] for row, factor in zip(rows, factors, strict=True)]
-    else:
-        limits = [PEAK_RULES[rule](_site_peaks(peaks, row), factor) for row, factor in zip(rows, factors, strict=True)]
-    _check_limits(rows, limits, rule)
+    advance = build.progress(len(rows), "sites")
+    bits, limits = BitColumns(peaks.rows), []
+    for row, factor in zip(rows, factors, strict=True):
+        mine = _site_peaks(peaks, row)  # read once
+        limit = row["mean"] + factor * row["sigma"] if rule == SIGMA else PEAK_RULES[rule](mine, factor)
+        _check_limit(row, limit, rule)
+        fires = above(mine, limit)
+        bits.add(np.take(fires, np.flatnonzero(fires.any(axis=0)), axis=1))  # a mask as index is 15 times slower
+        limits.append(limit)
+        advance(1)
     write_table(build.folder / THRESHOLDS, sites.append_column("threshold", pa.array(limits, pa.float64())))
     tables = {"channels": channels, "thresholds": [build.folder / THRESHOLDS]}
     outliers = query(OUTLIER_SQL.format(weight=WEIGHT_SQL[weighting]), tables)
+    if outliers.num_rows != bits.columns:
+        raise CovercalError(
+            f"The statistics' tables hold {outliers.num_rows} outlier channels and their peaks {bits.columns}; "
+            "`covercal cache verify` says which artifact is damaged."
+        )
     write_table(build.folder / OUTLIERS, outliers)
-    advance = build.progress(len(rows), "sites")
-    positions, site_of = outliers["position"].to_numpy(), outliers["site"].to_numpy()
-    bits = BitColumns(peaks.rows)
-    for row, limit in zip(rows, limits, strict=True):
-        mine = positions[site_of == row["site"]] - row["first"]
-        bits.add(_site_peaks(peaks, row)[:, mine].astype(np.float64) > limit)
-        advance(1)
     write_array(build.folder / COVERAGE, bits.packed())
-    return {"outliers": len(positions), "channels": sum(row["channels"] for row in rows)}
+    return {"outliers": outliers.num_rows, "channels": sum(row["channels"] for row in rows)}
 
 
-def _check_limits(rows: list[dict[str, Any]], limits: list[float], rule: str) -> None:
+def _check_limit(row: dict[str, Any], limit: float, rule: str) -> None:
     """Raise when a threshold is 0: every weight above it would be infinite."""
-    for row, limit in zip(rows, limits, strict=True):
-        if not limit > 0 and row["peak"] > limit:
-            where = f"block {row['block']}, {row['linears']}"
-            raise CovercalError(
-                f"outliers.rule {rule} gives threshold {limit:g} at {where}: most of its activations are 0. "
-                "`rule: sigma` follows the largest ones."
-            )
+    if not limit > 0 and row["peak"] > limit:
+        where = f"block {row['block']}, {row['linears']}"
+        raise CovercalError(
+            f"outliers.rule {rule} gives threshold {limit:g} at {where}: most of its activations are 0. "
+            "`rule: sigma` follows the largest ones."
+        )
 
 
 def _site_peaks(peaks: Columns, row: dict[str, Any]) -> npt.NDArray[np.float32]:
@@ -153,11 +155,13 @@ class BitColumns:
     """
 
     def __init__(self, rows: int) -> None:
+        self.columns = 0
         self._left = np.zeros((rows, 0), dtype=bool)
         self._bytes: list[npt.NDArray[np.uint8]] = []
 
     def add(self, columns: npt.NDArray[np.bool_]) -> None:
         """Append columns, bool (rows, any)."""
+        self.columns += columns.shape[1]
         joined = np.concatenate([self._left, columns], axis=1)
         whole = joined.shape[1] // 8 * 8
         self._bytes.append(np.packbits(joined[:, :whole], axis=1))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from covercal.thresholds import PEAK_RULES, RULES, WEIGHTINGS, poorly_reconstructed, quantile
+from covercal.thresholds import PEAK_RULES, RULES, WEIGHTINGS, above, poorly_reconstructed, quantile
 
 Floats = npt.NDArray[np.float64]
 Peaks = npt.NDArray[np.float32]
@@ -156,7 +156,7 @@ def test_nothing_is_above_the_threshold_of_equal_peaks(rule: str) -> None:
 # --- poor reconstruction -------------------------------------------------------------------------------------------
 
 
-def above(errors: Sequence[float]) -> list[int]:
+def over_limit(errors: Sequence[float]) -> list[int]:
     limit = statistics.median(errors) + 2 * statistics.pstdev(errors)
     return [index for index, error in enumerate(errors) if error > limit]
 
@@ -165,7 +165,7 @@ def above(errors: Sequence[float]) -> list[int]:
 def test_poor_is_above_the_median_plus_two_standard_deviations(seed: int) -> None:
     generator = np.random.default_rng(seed)
     errors = generator.lognormal(0, 1, int(generator.integers(3, 60)))
-    assert poorly_reconstructed(errors).tolist() == above(errors.tolist())
+    assert poorly_reconstructed(errors).tolist() == over_limit(errors.tolist())
 
 
 def test_one_error_that_stands_out_is_poor() -> None:
@@ -188,3 +188,15 @@ def test_the_scale_of_errors_does_not_matter(scale: float) -> None:
     errors = np.random.default_rng(5).lognormal(0, 1, 40)
     assert poorly_reconstructed(errors).size
     np.testing.assert_array_equal(poorly_reconstructed(scale * errors), poorly_reconstructed(errors))
+
+
+@given(finite, st.one_of(st.floats(allow_nan=False), st.floats(-(2.0**100), 2.0**100, width=32)))
+def test_what_is_above_a_limit_is_what_float64_says(peaks: Peaks, limit: float) -> None:
+    np.testing.assert_array_equal(above(peaks, limit), peaks.astype(np.float64) > limit)
+
+
+@pytest.mark.parametrize("step", [-1, 0, 1])
+def test_a_limit_between_two_peaks_is_not_rounded_to_one(step: int) -> None:
+    peak = np.float32(0.1)
+    limit = float(peak) + step * 1e-12
+    assert above(np.array([peak]), limit)[0] == (float(peak) > limit)

@@ -1,6 +1,7 @@
 """Arrays come back bit for bit, and what is missing is never read as numbers."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,6 +182,41 @@ def test_a_range_of_columns_holds_the_rows_of_all_arrays(
     paths, values = unequal
     found = Columns(paths).read(*ends)
     np.testing.assert_array_equal(found, values[:, slice(*ends)], strict=True)
+
+
+@given(reads=st.lists(st.tuples(st.integers(0, 23), st.integers(0, 23)).map(sorted), max_size=6))
+def test_what_was_read_before_does_not_matter(unequal: tuple[list[Path], np.ndarray], reads: list[list[int]]) -> None:
+    together = Columns(unequal[0])
+    for start, stop in reads:
+        np.testing.assert_array_equal(together.read(start, stop), unequal[1][:, start:stop], strict=True)
+
+
+@pytest.mark.parametrize("widths", [[23], [1] * 23, [3, 4, 4, 5, 7], [6, 6, 6, 5], [2, 13, 8]])
+def test_from_left_to_right_every_chunk_is_read_once(
+    unequal: tuple[list[Path], np.ndarray], widths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, read = Columns(unequal[0]), []
+    plain = zarr.Array.__getitem__
+
+    def counting(self: zarr.Array, key: tuple[slice, slice]) -> Any:
+        read.append((str(self.store_path), key[1].start, key[1].stop))
+        return plain(self, key)
+
+    monkeypatch.setattr(zarr.Array, "__getitem__", counting)
+    start = 0
+    for width in widths:
+        together.read(start, start + width)
+        start += width
+    for path in {name for name, _, _ in read}:
+        mine = sorted((a, b) for name, a, b in read if name == path)
+        assert [a for a, _ in mine] == [0, *(b for _, b in mine[:-1])]  # end to end, none twice
+        assert all(a % 5 == 0 for a, _ in mine)
+        assert mine[-1][1] == 23
+
+
+def test_what_was_read_cannot_be_changed(unequal: tuple[list[Path], np.ndarray]) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        Columns(unequal[0]).read(0, 2)[0, 0] = 1
 
 
 def test_the_arrays_of_that_fixture_have_several_chunks(unequal: tuple[list[Path], np.ndarray]) -> None:
