@@ -12,9 +12,9 @@ Floats = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 FIXED_POINT_BITS = 62  # the whole weight fills 62 bits of an int64: nine bits finer than a float64 sum
 RESOLUTION_BITS = 54  # when what is uncovered falls below this, the grid is made finer
-TRANSPOSE_ROWS = 1024
-STRIP_ROWS = 2048
-SPARSE_SHARE = 0.12  # below this share of ones an index list is faster than a masked pass
+STRIP_ROWS = 1024
+TABLE_SHARE = 0.8  # where eight channels fire more often than this, a table of their sums is faster than lists
+BYTE_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.int64)  # (256, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,39 +40,14 @@ class PackedBits:
     def __getitem__(self, sample: int) -> Bools:
         return np.unpackbits(self.bits[sample], count=self.channels).view(bool)
 
+    @classmethod
+    def packing(cls, matrix: BoolMatrix) -> "PackedBits":
+        """Return a bool matrix (samples, channels), packed."""
+        return cls(np.packbits(matrix, axis=1), matrix.shape[1])
+
     def unpacked(self) -> BoolMatrix:
         """Return the bool matrix, eight times as large."""
         return np.unpackbits(self.bits, axis=1, count=self.channels).view(bool)
-
-    def share(self) -> float:
-        """Return the share of ones."""
-        ones = int(np.bitwise_count(self.bits).sum(dtype=np.int64))
-        return ones / max(1, len(self.bits) * self.channels)
-
-    def by_channel(self) -> tuple[npt.NDArray[np.int32], Int64]:
-        """Return the samples that fire each channel, channel after channel, and where each channel's list begins."""
-        from scipy.sparse import csr_array
-
-        columns, counts = [], [np.zeros(1, dtype=np.int64)]
-        for start in range(0, len(self.bits), STRIP_ROWS):
-            rows, found = self._strip(start)
-            columns.append(found)
-            counts.append(np.bincount(rows, minlength=min(STRIP_ROWS, len(self.bits) - start)))
-        indices = np.concatenate(columns) if columns else np.zeros(0, dtype=np.int32)
-        del columns
-        ends = np.cumsum(np.concatenate(counts))
-        matrix = csr_array((np.ones(indices.size, dtype=np.int8), indices, ends), shape=self.shape).tocsc()
-        return matrix.indices, matrix.indptr.astype(np.int64)
-
-    def _strip(self, start: int) -> tuple[Int64, npt.NDArray[np.int32]]:
-        """Return row and column of every one in a strip of rows, sorted by row."""
-        strip = self.bits[start : start + STRIP_ROWS]
-        bytes_there = np.flatnonzero(strip)
-        values = strip.reshape(-1)[bytes_there]
-        places = np.concatenate([bytes_there[values & (128 >> bit) != 0] * 8 + bit for bit in range(8)])
-        rows, columns = np.divmod(places, 8 * strip.shape[1])
-        order = np.argsort(rows, kind="stable")
-        return rows[order], columns[order].astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +108,7 @@ def greedy_cover(coverage: BoolMatrix | PackedBits, weights: Floats, budget: int
     uncovered = np.ones(coverage.shape[1], dtype=bool)
     firing = channels.fires.copy()  # samples left that fire each channel
     whole = firing > 0
-    fixed, gain = channels.gains(weights, whole, left)
+    fixed, gain = _first_gains(channels, weights, whole, left)
     whole_fixed, whole_gain = fixed, gain.copy()  # every round begins with these, while each channel has a sample left
     uncovered_total = int(fixed.sum())
     order: list[int] = []
@@ -146,7 +121,7 @@ def greedy_cover(coverage: BoolMatrix | PackedBits, weights: Floats, budget: int
             if np.array_equal(weighed, whole):
                 fixed, gain = whole_fixed, np.where(left, whole_gain, -1)
             else:
-                fixed, gain = channels.gains(weights, weighed, left)
+                fixed, gain = _first_gains(channels, weights, weighed, left)
             uncovered_total = int(fixed.sum())
         best = int(np.argmax(gain))
         if gain[best] <= 0:
@@ -256,13 +231,14 @@ def _log_choose(n: int, k: int) -> float:
     return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
-def _checked(coverage: BoolMatrix | PackedBits, weights: Floats, budget: int) -> tuple[BoolMatrix | PackedBits, Floats]:
-    if isinstance(coverage, PackedBits):
-        coverage = coverage if coverage.share() < SPARSE_SHARE else coverage.unpacked()
-    else:
-        coverage = np.ascontiguousarray(coverage, dtype=bool)
+def _checked(coverage: BoolMatrix | PackedBits, weights: Floats, budget: int) -> tuple[PackedBits, Floats]:
+    if not isinstance(coverage, PackedBits):
+        matrix = np.asarray(coverage, dtype=bool)
+        if matrix.ndim != 2:
+            raise ValueError(f"coverage {matrix.shape} must be (samples, channels)")
+        coverage = PackedBits.packing(matrix)
     weights = np.asarray(weights, dtype=np.float64)
-    if len(coverage.shape) != 2 or weights.shape != coverage.shape[1:]:
+    if weights.shape != coverage.shape[1:]:
         raise ValueError(
             f"coverage {coverage.shape} and weights {weights.shape} must be (samples, channels) and (channels,)"
         )
@@ -278,51 +254,53 @@ def _checked(coverage: BoolMatrix | PackedBits, weights: Floats, budget: int) ->
 
 
 class _Channels:
-    """The coverage matrix by channel: index lists where ones are rare, dense rows elsewhere."""
+    """A coverage matrix made ready for taking whole channels from all samples' gains."""
 
-    def __init__(self, coverage: BoolMatrix | PackedBits) -> None:
-        self.samples, self.count = coverage.shape
-        if isinstance(coverage, PackedBits):
-            self._rows, begins = coverage.by_channel()
-            self.fires = np.diff(begins)
-            self._sparse = np.ones(self.count, dtype=bool)
-            self._starts, self._ends = begins[:-1], begins[1:]
-            return
-        turned = _transposed(coverage)
-        self.fires = turned.sum(axis=1)
-        self._sparse = self.fires < SPARSE_SHARE * self.samples
-        _, self._rows = np.divmod(np.flatnonzero(turned[self._sparse]), max(self.samples, 1))
-        self._ends = np.cumsum(np.where(self._sparse, self.fires, 0))
-        self._starts = self._ends - np.where(self._sparse, self.fires, 0)
-        self._dense = turned.view(np.int8)
+    def __init__(self, coverage: PackedBits) -> None:
+        self._bytes = _transposed(coverage.bits)
+        self._samples: dict[int, Int64] = {}  # that fire a channel; found when first needed
+        counts = np.array([np.bincount(row, minlength=256) for row in self._bytes], dtype=np.int64).reshape(-1, 256)
+        self.fires = (counts @ BYTE_BITS).reshape(-1)[: coverage.channels]
 
     def subtract(self, gain: Int64, fixed: Int64, channels: Int64) -> None:
-        """Take the weight of each channel from the gain of every sample that fires it, in place."""
-        product = np.empty_like(gain)
-        for channel in channels:
-            if self._sparse[channel]:
-                gain[self._rows[self._starts[channel] : self._ends[channel]]] -= fixed[channel]
-            else:
-                np.multiply(self._dense[channel], fixed[channel], out=product)
-                np.subtract(gain, product, out=gain)
+        """Take the weight of each channel (sorted) from the gain of every sample that fires it, in place.
 
-    def gains(self, weights: Floats, uncovered: Bools, left: Bools) -> tuple[Int64, Int64]:
-        """Return the weights in fixed point and the gain of every sample, -1 for those chosen already."""
-        open_channels = np.flatnonzero(uncovered & (weights > 0))
-        fixed = np.zeros(self.count, dtype=np.int64)
-        if open_channels.size:
-            exponent = FIXED_POINT_BITS - math.frexp(math.fsum(weights[open_channels]))[1]
-            fixed[open_channels] = np.rint(np.ldexp(weights[open_channels], exponent)).astype(np.int64)
-        gain = np.zeros(self.samples, dtype=np.int64)
-        self.subtract(gain, -fixed, open_channels)
-        gain[~left] = -1
-        return fixed, gain
+        The channels of one byte go together where they fire often, by a table of the 256 sums such a byte can make.
+        """
+        places = channels >> 3
+        starts = np.flatnonzero(np.diff(places, prepend=-1))
+        often = np.add.reduceat(self.fires[channels], starts) > TABLE_SHARE * gain.size if starts.size else starts > 0
+        by_table = np.repeat(often, np.diff(starts, append=channels.size))
+        for channel in channels[~by_table]:
+            np.subtract.at(gain, self._fired_by(int(channel)), fixed[channel])
+        weights = np.zeros((len(self._bytes), 8), dtype=np.int64)
+        weights.reshape(-1)[channels[by_table]] = fixed[channels[by_table]]
+        together = places[starts[often]]
+        for place, sums in zip(together, weights[together] @ BYTE_BITS.T, strict=True):
+            gain -= sums[self._bytes[place]]
+
+    def _fired_by(self, channel: int) -> Int64:
+        if channel not in self._samples:
+            self._samples[channel] = np.flatnonzero(self._bytes[channel >> 3] & (128 >> (channel & 7)) != 0)
+        return self._samples[channel]
 
 
-def _transposed(coverage: BoolMatrix) -> BoolMatrix:
+def _transposed(matrix: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Return a contiguous transpose, made in strips of rows that fit the processor's cache."""
-    samples, channels = coverage.shape
-    turned = np.empty((channels, samples), dtype=bool)
-    for start in range(0, samples, TRANSPOSE_ROWS):
-        turned[:, start : start + TRANSPOSE_ROWS] = coverage[start : start + TRANSPOSE_ROWS].T
+    turned = np.empty(matrix.shape[::-1], dtype=np.uint8)
+    for start in range(0, len(matrix), STRIP_ROWS):
+        turned[:, start : start + STRIP_ROWS] = matrix[start : start + STRIP_ROWS].T
     return turned
+
+
+def _first_gains(channels: _Channels, weights: Floats, uncovered: Bools, left: Bools) -> tuple[Int64, Int64]:
+    """Return the weights in fixed point and the gain of every sample, -1 for those chosen already."""
+    open_channels = np.flatnonzero(uncovered & (weights > 0))
+    fixed = np.zeros(weights.size, dtype=np.int64)
+    if open_channels.size:
+        exponent = FIXED_POINT_BITS - math.frexp(math.fsum(weights[open_channels]))[1]
+        fixed[open_channels] = np.rint(np.ldexp(weights[open_channels], exponent)).astype(np.int64)
+    gain = np.zeros(left.size, dtype=np.int64)
+    channels.subtract(gain, -fixed, open_channels)
+    gain[~left] = -1
+    return fixed, gain

@@ -18,7 +18,7 @@ from tasks.cached import Build, cached
 from tasks.capture import ENERGY, MAGNITUDE, SKETCH, VARIANCE
 from tasks.losses import LOSSES
 from tasks.pool import sample_columns
-from tasks.thresholds import coverage_matrix, site_bounds
+from tasks.thresholds import packed_coverage, site_bounds
 
 ORDER = "order.parquet"
 SMALLEST_EXTENT = 1024
@@ -103,7 +103,7 @@ def _evidence(
     columns = sample_columns(store, pool, "domain", "text", "length")
     found: dict[str, Any] = {}
     if outliers is not None:
-        found["coverage"], found["weights"] = coverage_matrix(store, outliers)
+        found["coverage"], found["weights"] = packed_coverage(store, outliers)
     if statistics:
         folders = [store.path(ref) for ref in statistics]
         for name, file in (("variance", VARIANCE), ("magnitude", MAGNITUDE), ("sketch", SKETCH)):

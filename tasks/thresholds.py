@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from covercal.coverage import PackedBits
 from covercal.errors import CovercalError
 from covercal.thresholds import PEAK_RULES, SIGMA, above, poorly_reconstructed
 from storage.arrays import Columns, read_array, write_array
@@ -172,12 +173,17 @@ class BitColumns:
         return np.concatenate([*self._bytes, np.packbits(self._left, axis=1)], axis=1)
 
 
-def coverage_matrix(store: ArtifactStore, outliers: Ref) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
-    """Return the coverage matrix, bool (samples, outlier channels), and the weights, float64 (outlier channels,)."""
+def packed_coverage(store: ArtifactStore, outliers: Ref) -> tuple[PackedBits, npt.NDArray[np.float64]]:
+    """Return the coverage matrix (samples, outlier channels), packed, and the weights, float64 (outlier channels,)."""
     folder = store.path(outliers)
     weights = read_table(folder / OUTLIERS, ["weight"])["weight"].to_numpy()
-    packed = read_array(folder / COVERAGE).astype(np.uint8)
-    return np.unpackbits(packed, axis=1, count=weights.size).astype(bool), weights
+    return PackedBits(read_array(folder / COVERAGE).astype(np.uint8, copy=False), weights.size), weights
+
+
+def coverage_matrix(store: ArtifactStore, outliers: Ref) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
+    """Return the coverage matrix, bool (samples, outlier channels), and the weights, float64 (outlier channels,)."""
+    packed, weights = packed_coverage(store, outliers)
+    return packed.unpacked(), weights
 
 
 def outlier_columns(store: ArtifactStore, outliers: Ref, *names: str) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from covercal.coverage import BoolMatrix, PackedBits
+
 SELECTORS: Mapping[str, str] = MappingProxyType(
     {
         "coverage": "covercal.selectors.coverage:CoverageSelector",
@@ -46,7 +48,7 @@ class Evidence:
     lengths
         int64 (samples,), tokens of every sample.
     coverage
-        bool (samples, outlier channels): which sample fires which channel (`outliers`).
+        (samples, outlier channels), bool or packed: which sample fires which channel (`outliers`).
     weights
         float64 (outlier channels,) (`outliers`).
     variance, magnitude
@@ -66,7 +68,7 @@ class Evidence:
     domains: Sequence[str] = ()
     texts: Sequence[str] = ()
     lengths: npt.NDArray[np.int64] | None = None
-    coverage: npt.NDArray[np.bool_] | None = None
+    coverage: BoolMatrix | PackedBits | None = None
     weights: npt.NDArray[np.float64] | None = None
     variance: npt.NDArray[np.float32] | None = None
     magnitude: npt.NDArray[np.float32] | None = None

@@ -397,7 +397,7 @@ def test_the_evidence_is_what_was_measured_of_all_shards(
     order_by_spy(world, tmp_path)
     ((evidence, _, _),) = spy.seen
     coverage, weights = world.coverage(4.0)
-    np.testing.assert_array_equal(evidence.coverage, coverage, strict=True)
+    np.testing.assert_array_equal(evidence.coverage.unpacked(), coverage, strict=True)
     np.testing.assert_array_equal(evidence.weights, weights, strict=True)
     np.testing.assert_array_equal(evidence.losses, world.all_losses(), strict=True)
     for name, file in (("variance", VARIANCE), ("magnitude", MAGNITUDE), ("sketch", SKETCH)):
