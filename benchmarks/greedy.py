@@ -2,7 +2,7 @@
 
 `python -m benchmarks.greedy [--large] [--output FILE]`
 
-10,000 samples x 5,000 channels at budget 256. `--large` adds 100,000 x 50,000 with 1% ones at budget 1,024, in a process
+10,000 samples x 5,000 channels at budget 256. `--large` adds 100,000 x 50,000 with 1% ones at budget 1,024 in a process
 of its own whose greatest resident memory is reported, the test data (bits and weights) included.
 """
 

