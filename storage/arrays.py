@@ -87,6 +87,7 @@ class Columns:
             kept = kept[:, first - self._start :]
             if end > kept_end:
                 kept = np.concatenate([kept, self._chunks(kept_end, end)], axis=1)
+        kept.flags.writeable = False  # what is returned is a part of it
         self._start, self._kept = first, kept
         return kept[:, start - first : stop - first]
 
@@ -95,9 +96,7 @@ class Columns:
             _without_nan(np.asarray(array[:, start:stop]), path)
             for array, path in zip(self._arrays, self._paths, strict=True)
         ]
-        found = np.concatenate(parts)
-        found.flags.writeable = False  # what `read` returns is a part of it
-        return found
+        return np.concatenate(parts)
 
 
 def read_array(path: Path, columns: Sequence[int] | npt.NDArray[np.intp] | None = None) -> npt.NDArray[np.generic]:
