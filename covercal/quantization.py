@@ -356,8 +356,8 @@ def _report(name: str, weight: Tensor, rounded: Rounded, grid: Grid, rows: slice
 
 
 def _energy(matrix: Tensor, gram: Tensor) -> Tensor:
-    """Return tr(M H M^T), the squared output of M on the inputs of H."""
-    return ((matrix @ gram) * matrix).sum()
+    """Return tr(M H M^T), the squared output of M on the inputs of H; float32 does for a report."""
+    return ((matrix.float() @ gram.float()) * matrix).sum(dtype=torch.float64)
 
 
 def _relative(error: Tensor, whole: Tensor) -> float:

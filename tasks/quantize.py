@@ -64,7 +64,7 @@ def calibration(store: ArtifactStore, pool: Ref, chosen: list[int]) -> Calibrati
 
 @cached(
     "checkpoint",
-    version=1,
+    version=2,
     ignored=("imported", "pool", "device"),
     names={"dtype": "model.dtype"},
 )

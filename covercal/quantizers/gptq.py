@@ -3,14 +3,11 @@
 import torch
 from torch import Tensor
 
-from covercal.errors import QuantizationError
+from covercal.quantizers.factor import factorize, shrunk
 from covercal.quantizers.grid import Grid, dequantize, quantize
 from covercal.quantizers.rounding import Rounded, RoundingSettings
 
 BLOCK_COLUMNS = 64
-DAMPING_GROWTH = 10.0
-DAMPING_LIMIT = 10.0  # growth ends with the first attempt at or above it
-DAMPING_START = 1e-4  # where growth starts when the recipe asks for no damping
 
 
 def gptq(weight: Tensor, gram: Tensor | None, grid: Grid, settings: RoundingSettings) -> Rounded:
@@ -34,78 +31,31 @@ def gptq(weight: Tensor, gram: Tensor | None, grid: Grid, settings: RoundingSett
 
     Notes
     -----
-    Algorithm 1 of the paper with the upper Cholesky factor U of the inverse: after column j is rounded, its error over
-    U_jj times row j of U is taken from the columns that follow. A channel that no token used (zero on the diagonal)
-    has no column to make its error good and is rounded to nearest; the reference sets such weights to zero,
-    which costs output as soon as any later text uses the channel.
+    A channel that no token used (zero on the diagonal) has no column to make its error good and is rounded to nearest;
+    the reference sets such weights to zero, which costs output as soon as any later text uses the channel.
     """
     if gram is None:
         raise ValueError("GPTQ reads a Gram matrix")
-    if not torch.isfinite(gram).all():
-        raise QuantizationError("its Gram matrix holds NaN or infinity")
-    columns = weight.shape[1]
-    diagonal = gram.diagonal()
-    dead = diagonal <= 0
-    order = torch.argsort(diagonal, descending=True, stable=True) if settings.activation_order else None
-    scale, zero = grid.columns(columns)
-    gram = shrunk(gram, settings.shrinkage)
-    gram.diagonal()[dead] = diagonal[~dead].mean() if not dead.all() else 1.0
-    if order is not None:
-        weight, scale, zero, gram = weight[:, order], scale[:, order], zero[:, order], gram[order][:, order]
-    factor, damping, attempts = inverse_factor(gram, settings.damping)
-    turned = _round_rows(
-        weight.T.clone(memory_format=torch.contiguous_format), factor, scale.T, zero.T, grid.settings.bits
-    )
-    codes = turned.T if order is None else turned[torch.argsort(order)].T
-    return Rounded(codes, damping, attempts, int(dead.sum()))
+    factor = factorize(shrunk(gram, settings.shrinkage), settings.damping, activation_order=settings.activation_order)
+    scale, zero = (part[:, factor.order].T for part in grid.columns(weight.shape[1]))
+    turned = round_columns(weight[:, factor.order].T.contiguous(), factor.feedback, scale, zero, grid.settings.bits)
+    return Rounded(turned[torch.argsort(factor.order)].T, factor.damping, factor.attempts, factor.dead)
 
 
-def shrunk(gram: Tensor, share: float) -> Tensor:
-    """Return (1 - share) H + share diag(H): few calibration tokens know the diagonal far better than the rest."""
-    smaller = (1.0 - share) * gram
-    smaller.diagonal().copy_(gram.diagonal())
-    return smaller
+def round_columns(weight: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Round the transposed weight row by row, where a column lies in one piece of memory.
 
-
-def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float, int]:
-    """Return the upper Cholesky factor U of the damped inverse, H^-1 = U^T U, the damping used and the attempts.
-
-    Damping (relative to the mean diagonal) grows tenfold until the factorisation succeeds.
-
-    Raises
-    ------
-    QuantizationError
-        When it does not succeed with any.
+    Step k rounds w_k + sum over j < k of (w_j - q_j) feedback[j, k].
     """
-    mean = gram.diagonal().mean()
-    attempts = 0
-    while True:
-        attempts += 1
-        damped = gram.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return upper, damping, attempts
-        if damping >= DAMPING_LIMIT:
-            raise QuantizationError(f"its Gram matrix cannot be factorised, not even with damping {damping:g}")
-        damping = max(damping * DAMPING_GROWTH, DAMPING_START)
-
-
-def _round_rows(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Round the transposed weight row by row, where a column lies in one piece of memory; `weight` is changed."""
     columns = weight.shape[0]
-    codes = torch.empty_like(weight)
-    errors = torch.empty_like(weight[:BLOCK_COLUMNS])
+    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
     for start in range(0, columns, BLOCK_COLUMNS):
         end = min(start + BLOCK_COLUMNS, columns)
+        wanted = torch.addmm(weight[start:end], feedback[:start, start:end].T, errors[:start])
         for column in range(start, end):
-            code = quantize(weight[column], scale[column], zero[column], bits)
-            rounded = dequantize(code, scale[column], zero[column])
-            error = (weight[column] - rounded) / factor[column, column]
-            weight[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1)
-            codes[column], errors[column - start] = code, error
-        weight[end:].addmm_(factor[start:end, end:].T, errors[: end - start], alpha=-1)
+            step = column - start
+            code = quantize(wanted[step], scale[column], zero[column], bits)
+            error = weight[column] - dequantize(code, scale[column], zero[column])
+            wanted[step + 1 :].addr_(feedback[column, column + 1 : end], error)
+            codes[column], errors[column] = code, error
     return codes

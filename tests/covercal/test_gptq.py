@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from covercal.errors import QuantizationError
-from covercal.quantizers.gptq import gptq, inverse_factor
+from covercal.quantizers.factor import factorize
+from covercal.quantizers.gptq import gptq
 from covercal.quantizers.grid import Grid, GridSettings, dequantize, min_max_grid
 from covercal.quantizers.registry import METHODS
 from covercal.quantizers.rounding import Rounded, RoundingSettings, rounder
@@ -309,16 +310,33 @@ def test_codes_after_growth_are_those_of_the_reported_damping() -> None:
 def test_damping_grows_tenfold_an_attempt() -> None:
     indefinite = torch.eye(3).double()
     indefinite[0, 1] = indefinite[1, 0] = 1.5  # smallest eigenvalue -0.5: a damping of 1 is the first that helps
-    assert inverse_factor(indefinite, 0.01)[1:] == (pytest.approx(1.0), 3)
+    found = factorize(indefinite, 0.01, activation_order=False)
+    assert (found.damping, found.attempts) == (pytest.approx(1.0), 3)
 
 
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("damping", [0.0, 0.01, 0.5])
-def test_the_factor_is_upper_and_squares_to_the_damped_inverse(damping: float) -> None:
+def test_the_factor_is_upper_and_gives_the_damped_gram_matrix(damping: float, ordered: bool) -> None:
     _, gram = layer(2, 1, 40)
-    factor, used, _ = inverse_factor(gram, damping)
-    damped = gram.numpy() + used * np.mean(np.diag(gram.numpy())) * np.eye(40)
-    assert torch.equal(factor, factor.triu())
-    np.testing.assert_allclose((factor.T @ factor).numpy() @ damped, np.eye(40), atol=1e-9)
+    factor = factorize(gram, damping, activation_order=ordered)
+    upper = factor.feedback * factor.diagonal
+    damped = gram.numpy() + factor.damping * np.mean(np.diag(gram.numpy())) * np.eye(40)
+    order = factor.order.numpy()
+    assert torch.equal(upper, upper.triu())
+    np.testing.assert_allclose((upper @ upper.T).numpy(), damped[order][:, order], rtol=1e-10, atol=1e-12)
+
+
+def test_the_loss_is_the_sum_over_columns_of_squared_rounding_errors_times_squared_diagonals() -> None:
+    weight, gram = layer(5, 12, 80)
+    grid = grid_of(weight, 3, 20)
+    factor = factorize(gram, 0.01, activation_order=True)
+    codes = gptq(weight, gram, grid, ORDERED).codes
+    rounded = dequantize(codes, *grid.columns(80))[:, factor.order]
+    error = weight[:, factor.order] - rounded
+    wanted = weight[:, factor.order] + error @ factor.feedback.triu(1)  # what each column was rounded from
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(80).double()
+    by_columns = float((factor.diagonal.square() * (wanted - rounded).square()).sum())
+    assert by_columns == pytest.approx(loss(weight, codes, grid, damped), rel=1e-10)
 
 
 # --- what it refuses -----------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def inputs(seed: int, sequences: int, length: int, channels: int) -> Tensor:
     st.integers(1, 24),
     st.integers(0, 2**31),
 )
-def test_the_gram_matrix_is_twice_the_mean_over_sequences_of_the_products(
+def test_the_gram_matrix_is_the_mean_over_tokens_of_the_products(
     shapes: list[tuple[int, int]], channels: int, seed: int
 ) -> None:
     parts = [inputs(seed + i, count, length, channels) for i, (count, length) in enumerate(shapes)]
@@ -30,7 +30,7 @@ def test_the_gram_matrix_is_twice_the_mean_over_sequences_of_the_products(
     for part in parts:
         running.add(part, part.shape[0])
     x = np.concatenate([part.numpy().astype(np.float64).reshape(-1, channels) for part in parts])
-    expected = 2 / sum(count for count, _ in shapes) * x.T @ x
+    expected = x.T @ x / len(x)
     np.testing.assert_allclose(running.gram().numpy(), expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 
 
@@ -74,3 +74,21 @@ def test_half_precision_inputs_are_multiplied_in_float32(dtype: torch.dtype) -> 
 
 def test_the_gram_matrix_of_nothing_is_zero() -> None:
     assert torch.equal(GramSum.empty(3, CPU).gram(), torch.zeros(3, 3, dtype=torch.float64))
+
+
+def test_with_the_inverse_length_as_weight_every_sequence_counts_the_same() -> None:
+    short, long = inputs(1, 1, 3, 5), inputs(2, 1, 7, 5)
+    running = GramSum.empty(5, CPU)
+    running.add(short, 1, weight=1 / 3)
+    running.add(long, 1, weight=1 / 7)
+    x, y = short[0].double(), long[0].double()
+    expected = (x.T @ x / 3 + y.T @ y / 7) / 2
+    assert torch.allclose(running.gram(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_equal_lengths_give_the_same_bits_whatever_the_tokens_weigh_relative_to_the_longest() -> None:
+    plain, weighted = GramSum.empty(5, CPU), GramSum.empty(5, CPU)
+    for seed in range(3):
+        plain.add(inputs(seed, 2, 7, 5), 2)
+        weighted.add(inputs(seed, 2, 7, 5), 2, weight=7 / 7)
+    assert torch.equal(plain.gram(), weighted.gram())
