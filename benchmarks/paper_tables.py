@@ -1,10 +1,11 @@
 """The structure of the tables of COVERCAL (arXiv 2604.24008) on the real model, for plain and shrunk Gram matrices.
 
-`python -m benchmarks.paper_tables POOL.jsonl.gz [--bits 3 4] [--shrinkage 0 0.3] [--budgets 8 16 32 64 128] [--seeds 5]
+`python -m benchmarks.paper_tables POOL.jsonl.gz [--bits 3 4] [--shrinkage 0 0.3] [--budgets 8 16 32 64 128] [--pools 5] [--seeds 1]
 [--cached-only] [--output FOLDER]`
 
-Everything is chosen from one pool of 512 sequences of 256 tokens, random choice, too; the main number is the KL
-divergence of the original to the quantised model on held-out text, in nats per token, over 18 sequences of 512 tokens.
+A cell is one choice from one pool of 512 sequences of 256 tokens; `--pools` such pools are drawn, and every selector,
+random choice too, meets each, so that selectors are compared pool by pool. The main number is the KL divergence of the
+original to the quantised model on held-out text, in nats per token, over 18 sequences of 512 tokens.
 Cells come from the artifact store where it has them; with `--cached-only` no model is run: tables hold what is there.
 Writes `tables.md`, `tables.json` and `budgets.png`.
 """
@@ -59,6 +60,7 @@ class Wanted:
     bits: Sequence[int]
     shrinkage: Sequence[float]
     budgets: Sequence[int]
+    pools: int
     seeds: int
     cached_only: bool
 
@@ -276,10 +278,11 @@ def match_table(made: Cells, wanted: Wanted, found: list[Row]) -> Markdown:
 def tables(made: Cells, wanted: Wanted) -> tuple[list[Markdown], list[CellResult]]:
     """Return every table, and the cells of the budget curve."""
     axes = {**settings(wanted), "selection.selector": MAIN, "selection.seed": range(wanted.seeds)}
-    grid = made.results({**axes, "selection.budget": wanted.budgets})
+    grid = made.results({**axes, "selection.budget": wanted.budgets, "pool.seed": range(wanted.pools)})
     found = rows(grid)
     rivals = made.results({**settings(wanted), "selection.selector": RIVALS, "selection.budget": [ABLATED]})
-    at_budget = [each for each in grid if each.fields["selection.budget"] == ABLATED]
+    first = [each for each in grid if each.fields["pool.seed"] == 0]
+    at_budget = [each for each in first if each.fields["selection.budget"] == ABLATED]
     made_tables = [
         budget_table(found),
         methods_table(at_budget + rivals, ABLATED),
@@ -300,7 +303,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4])
     parser.add_argument("--shrinkage", type=float, nargs="+", default=[0.0, 0.3])
     parser.add_argument("--budgets", type=int, nargs="+", default=[8, 16, 32, 64, 128])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--pools", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=1, help="random choices from each pool")
     parser.add_argument("--cached-only", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("paper_tables"))
     given = parser.parse_args()
@@ -309,7 +313,7 @@ def main() -> None:
     folder = store.root / "benchmarks" / "paper_tables"
     split(given.pool, folder)
     model = given.model or prepare(store.root, console).parent / GGUF
-    wanted = Wanted(given.bits, given.shrinkage, given.budgets, given.seeds, given.cached_only)
+    wanted = Wanted(given.bits, given.shrinkage, given.budgets, given.pools, given.seeds, given.cached_only)
     made = Cells(base(folder, model.absolute()), store, wanted.cached_only, console)
     found, grid = tables(made, wanted)
     given.output.mkdir(parents=True, exist_ok=True)
