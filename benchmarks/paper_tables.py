@@ -1,7 +1,7 @@
 """The structure of the tables of COVERCAL (arXiv 2604.24008) on the real model, for plain and shrunk Gram matrices.
 
-`python -m benchmarks.paper_tables POOL.jsonl.gz [--bits 3 4] [--shrinkage 0 0.3] [--budgets 8 16 32 64 128] [--pools 5] [--seeds 1]
-[--cached-only] [--output FOLDER]`
+`python -m benchmarks.paper_tables POOL.jsonl.gz [--bits 3 4] [--shrinkage 0 0.3] [--budgets 8 16 32 64 128]
+[--pools 5] [--seeds 1] [--cached-only] [--output FOLDER]`
 
 A cell is one choice from one pool of 512 sequences of 256 tokens; `--pools` such pools are drawn, and every selector,
 random choice too, meets each, so that selectors are compared pool by pool. The main number is the KL divergence of the

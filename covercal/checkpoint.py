@@ -1,11 +1,11 @@
-"""A quantised checkpoint in compressed-tensors' `pack-quantized` form, which transformers loads by itself."""
+"""A quantised checkpoint in a form of compressed-tensors that transformers loads by itself, or dense."""
 
 import copy
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
@@ -14,11 +14,44 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from covercal.decoder import DTYPES, Decoder
-from covercal.quantization import QuantizedBlock, QuantizedLinear
-from covercal.recipe import Dtype, Quantization
+from covercal.errors import QuantizationError
+from covercal.experts import checkpoint_names, has_experts
+from covercal.quantization import QuantizedBlock, QuantizedLinear, dequantized
+from covercal.quantization_settings import Dtype, Quantization
 
 INDEX = "model.safetensors.index.json"
 RECORD = "covercal.json"
+Format = Literal["pack-quantized", "int-quantized", "dense"]
+
+
+def checkpoint_format(settings: Quantization, model: nn.Module) -> tuple[Format, str]:
+    """Return how weights are kept, and when it is dense, why.
+
+    Packed codes are the default. Quantised activations need `int-quantized`. What neither can hold is kept dense: the
+    same values in the checkpoint's dtype, without its smaller size.
+    """
+    if settings.salient.share:
+        return "dense", "salient weights have a grid of their own, which no packed format has"
+    if settings.activations.kind != "none":
+        return "int-quantized", ""
+    if has_experts(model) and not settings.symmetric:
+        return "dense", "transformers reads packed experts on symmetric grids only"
+    return "pack-quantized", ""
+
+
+def check_format(settings: Quantization, model: nn.Module) -> None:
+    """Raise when no format that transformers reads can hold what the settings make of a model.
+
+    Raises
+    ------
+    QuantizationError
+        For quantised activations of a model with experts.
+    """
+    if settings.activations.kind != "none" and has_experts(model):
+        raise QuantizationError(
+            f"quantization.activations: {settings.activations.kind} cannot be kept for a model with experts: "
+            "transformers reads experts without the scales of their inputs; use activations: none."
+        )
 
 
 @dataclass(slots=True)
@@ -28,7 +61,7 @@ class CheckpointWriter:
     Attributes
     ----------
     decoder
-        The original model: gives names, configuration and what is not quantised.
+        The original model: gives names, configuration and what is around the blocks.
     settings, storage_dtype
         The grid, and the dtype of everything that is not a code.
     """
@@ -36,6 +69,13 @@ class CheckpointWriter:
     decoder: Decoder
     settings: Quantization
     storage_dtype: Dtype
+    format: Format = field(init=False)
+    why_dense: str = field(init=False)
+    _names: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.format, self.why_dense = checkpoint_format(self.settings, self.decoder.model)
+        self._names = checkpoint_names(self.decoder.model)
 
     def shard_name(self, index: int) -> str:
         """Return the file name of a block's shard; one more follows the last block."""
@@ -43,10 +83,9 @@ class CheckpointWriter:
 
     def write_block(self, block: QuantizedBlock, folder: Path) -> None:
         """Write the shard of one block into `folder`."""
-        tensors = {n: t for n, t in self._unquantized().items() if n.startswith(self._prefix(block.index))}
+        tensors = dict(block.others)
         for linear in block.linears:
-            del tensors[f"{linear.name}.weight"]
-            tensors.update(packed_tensors(linear, self.settings))
+            tensors.update(self._linear_tensors(linear))
         self._save(tensors, folder / self.shard_name(block.index))
 
     def finish(self, folder: Path, quantized: Iterable[str], record: Mapping[str, Any]) -> None:
@@ -61,9 +100,7 @@ class CheckpointWriter:
         record
             How the checkpoint came to be.
         """
-        prefixes = tuple(self._prefix(index) for index in range(len(self.decoder.blocks)))
-        rest = {n: t for n, t in self._unquantized().items() if not n.startswith(prefixes)}
-        self._save(rest, folder / self.shard_name(len(self.decoder.blocks)))
+        self._save(self._around(), folder / self.shard_name(len(self.decoder.blocks)))
         places: dict[str, str] = {}
         total = 0
         for index in range(len(self.decoder.blocks) + 1):
@@ -73,16 +110,23 @@ class CheckpointWriter:
             total += sum(sizes.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
         self._write_config(folder, set(quantized))
-        _write_json(folder / RECORD, record)
+        _write_json(folder / RECORD, {**record, "format": self.format, "why_dense": self.why_dense})
 
-    def _prefix(self, index: int) -> str:
-        return f"{self.decoder.blocks_path}.{index}."
+    def _linear_tensors(self, linear: QuantizedLinear) -> dict[str, Tensor]:
+        if self.format == "dense":
+            return {f"{linear.name}.weight": dequantized(linear, DTYPES[self.storage_dtype])}
+        if self.format == "int-quantized":
+            return integer_tensors(linear, self.settings)
+        return packed_tensors(linear, self.settings)
 
-    def _unquantized(self) -> dict[str, Tensor]:
-        """Return the model's state by name, without names that are tied to an earlier one."""
+    def _around(self) -> dict[str, Tensor]:
+        """Return the state outside the blocks by name, without names that are tied to an earlier one."""
+        inside = f"{self.decoder.blocks_path}."
         kept: dict[str, Tensor] = {}
         seen: set[tuple[int, torch.Size]] = set()
         for name, tensor in self.decoder.model.state_dict().items():
+            if name.startswith(inside):
+                continue
             place = (tensor.data_ptr(), tensor.shape)
             if place not in seen:
                 seen.add(place)
@@ -90,7 +134,13 @@ class CheckpointWriter:
         return kept
 
     def _save(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        save_file({key: self._stored(tensor) for key, tensor in sorted(tensors.items())}, path, {"format": "pt"})
+        stored = {self._stored_name(name): self._stored(tensor) for name, tensor in tensors.items()}
+        save_file(dict(sorted(stored.items())), path, {"format": "pt"})
+
+    def _stored_name(self, name: str) -> str:
+        """Return the name of a tensor in a checkpoint: experts are not named there as they are in the model."""
+        module, _, last = name.rpartition(".")
+        return f"{self._names[module]}.{last}" if module in self._names else name
 
     def _stored(self, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
@@ -100,7 +150,8 @@ class CheckpointWriter:
     def _write_config(self, folder: Path, quantized: set[str]) -> None:
         model = self.decoder.model
         config = copy.deepcopy(model.config)
-        config.quantization_config = quantization_config(model, self.settings, quantized)
+        if self.format != "dense":
+            config.quantization_config = quantization_config(model, self.settings, quantized, self.format)
         config.dtype = self.storage_dtype
         config.architectures = [type(model).__name__]
         config.save_pretrained(folder)
@@ -117,13 +168,14 @@ def tensor_sizes(path: Path) -> dict[str, int]:
 
 def checkpoint_bytes(decoder: Decoder, settings: Quantization, storage_dtype: Dtype) -> int:
     """Return about how many bytes a checkpoint will have: packed codes, 16-bit scales, and the rest as it is stored."""
-    linears = [decoder.linear(site, name) for site in decoder.sites for name in site.linears]
-    packed = {id(linear.weight) for linear in linears}
+    shapes = decoder.linear_shapes
     width = torch.empty((), dtype=DTYPES[storage_dtype]).element_size()
-    rest = sum(p.numel() * width for p in decoder.model.parameters() if id(p) not in packed)
-    codes = sum(linear.weight.numel() * settings.bits / 8 for linear in linears)
-    groups = sum(linear.weight.numel() / (settings.group_size or linear.in_features) for linear in linears)
-    return int(rest + codes + groups * (width + settings.bits / 8))
+    weights = sum(outputs * inputs for outputs, inputs in shapes.values())
+    rest = (sum(p.numel() for p in decoder.model.parameters()) - weights) * width
+    if checkpoint_format(settings, decoder.model)[0] == "dense":
+        return int(rest + weights * width)
+    groups = sum(outputs * inputs / (settings.group_size or inputs) for outputs, inputs in shapes.values())
+    return int(rest + weights * settings.bits / 8 + groups * (width + settings.bits / 8))
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -148,12 +200,27 @@ def packed_tensors(linear: QuantizedLinear, settings: Quantization) -> dict[str,
     return tensors
 
 
-def quantization_config(model: nn.Module, settings: Quantization, quantized: set[str]) -> dict[str, Any]:
+def integer_tensors(linear: QuantizedLinear, settings: Quantization) -> dict[str, Tensor]:
+    """Return a linear's tensors by name: int8 codes, scale, zero points when asymmetric, and the step of its inputs."""
+    middle = 2 ** (settings.bits - 1)
+    tensors = {
+        f"{linear.name}.weight": (linear.codes.to(torch.int16) - middle).to(torch.int8),
+        f"{linear.name}.weight_scale": linear.scale,
+    }
+    if not settings.symmetric:
+        tensors[f"{linear.name}.weight_zero_point"] = (linear.zero.to(torch.int16) - middle).to(torch.int8)
+    if linear.input_scale is not None:
+        tensors[f"{linear.name}.input_scale"] = linear.input_scale
+    return tensors
+
+
+def quantization_config(model: nn.Module, settings: Quantization, quantized: set[str], form: Format) -> dict[str, Any]:
     """Return the `quantization_config` of the checkpoint's `config.json`.
 
-    `dequantize` lets transformers unpack the weights while it loads them. Its other way, packed until the first forward
-    pass, expects unpacked zero points in an asymmetric checkpoint (compressed-tensors 0.20 does not pack them when it
-    prepares the empty model) and refuses the file; other readers do not know the field.
+    `dequantize` lets transformers unpack packed weights while it loads them. Its other way, packed until the first
+    forward pass, expects unpacked zero points in an asymmetric checkpoint (compressed-tensors 0.20 does not pack them
+    when it prepares the empty model) and refuses the file; other readers do not know the field. With quantised
+    activations the linears stay what compressed-tensors makes of them, which quantises their inputs.
     """
     weights = QuantizationArgs(
         num_bits=settings.bits,
@@ -162,12 +229,27 @@ def quantization_config(model: nn.Module, settings: Quantization, quantized: set
         strategy="channel" if settings.group_size is None else "group",
         group_size=settings.group_size,
     )
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=_inputs(settings), format=form)
     ignored = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in quantized]
     config = QuantizationConfig(
-        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights, format="pack-quantized")},
-        format="pack-quantized",
+        config_groups={"group_0": scheme},
+        format=form,
         quantization_status="compressed",
         ignore=ignored,
     )
     value: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
-    return value | {"dequantize": True}
+    return value | ({"dequantize": True} if form == "pack-quantized" else {})
+
+
+def _inputs(settings: Quantization) -> QuantizationArgs | None:
+    activations = settings.activations
+    if activations.kind == "none":
+        return None
+    dynamic = activations.kind == "dynamic"
+    return QuantizationArgs(
+        num_bits=activations.bits,
+        type="int",
+        symmetric=True,
+        strategy="token" if dynamic else "tensor",
+        dynamic=dynamic,
+    )

@@ -1,8 +1,9 @@
 """A decoder-only language model as a row of blocks, each with linears grouped by the input they share."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import psutil
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from covercal.errors import InputError
+from covercal.experts import is_fused, is_router, probing, unfuse_experts, unfused
 from covercal.model_files import check_shards
-from covercal.recipe import Dtype
+from covercal.quantization_settings import Dtype
+from covercal.streaming import StreamedWeights, empty_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOKENS = 4
@@ -63,12 +66,15 @@ class Decoder:
         The blocks in order.
     sites
         Every site of every block, in order of execution.
+    weights
+        Where the blocks' weights are read when they are needed; None when all of them are loaded.
     """
 
     model: PreTrainedModel
     blocks_path: str
     blocks: tuple[nn.Module, ...]
     sites: tuple[Site, ...]
+    weights: StreamedWeights | None = None
 
     @property
     def device(self) -> torch.device:
@@ -81,8 +87,33 @@ class Decoder:
         body: nn.Module = self.model.get_decoder()
         return body
 
+    def block(self, index: int) -> nn.Module:
+        """Return a block with its weights, not to be changed; of a streamed model it is read now."""
+        return self.blocks[index] if self.weights is None else self.own_block(index)
+
+    def own_block(self, index: int) -> nn.Module:
+        """Return a copy of a block, with its weights and with experts as linears, that the caller may change."""
+        if self.weights is None:
+            return copy.deepcopy(self.blocks[index])
+        block = self.weights.block(index)
+        unfuse_experts(block)
+        return block
+
+    def block_sites(self, index: int) -> tuple[Site, ...]:
+        """Return the sites of a block, in order of execution."""
+        return tuple(site for site in self.sites if site.block == index)
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Return (outputs, inputs) of every linear in the blocks, by name."""
+        found: dict[str, tuple[int, int]] = {}
+        for index, block in enumerate(self.blocks):
+            shapes = {n: (m.out_features, m.in_features) for n, m in _linears(block)}
+            found |= {f"{self.blocks_path}.{index}.{name}": shape for name, shape in shapes.items()}
+        return found
+
     def linear(self, site: Site, name: str) -> nn.Linear:
-        """Return a linear of a site."""
+        """Return a linear of a site, of a model that is loaded whole."""
         return linear_of(self.blocks[site.block], name)
 
     def full_name(self, site: Site, name: str) -> str:
@@ -96,6 +127,17 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
     if not isinstance(module, nn.Linear):
         raise TypeError(f"{name} is a {type(module).__name__}, not a linear")
     return module
+
+
+def _linears(block: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the linears of a block, those of fused experts as if they had been taken apart."""
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, module
+        elif is_fused(module):
+            for inner, linear in unfused(module).named_modules():
+                if isinstance(linear, nn.Linear):
+                    yield f"{name}.{inner}", linear
 
 
 def pick_device(device: str) -> torch.device:
@@ -124,8 +166,15 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def load_decoder(folder: Path, dtype: Dtype, device: torch.device, *, trust_remote_code: bool = False) -> Decoder:
+def load_decoder(
+    folder: Path, dtype: Dtype, device: torch.device, *, trust_remote_code: bool = False, streamed: bool = False
+) -> Decoder:
     """Load a safetensors folder and find its blocks and sites.
+
+    Parameters
+    ----------
+    streamed
+        Load only what is around the blocks now, and a block when it is asked for: `Decoder.own_block`.
 
     Raises
     ------
@@ -133,6 +182,8 @@ def load_decoder(folder: Path, dtype: Dtype, device: torch.device, *, trust_remo
         When it is not a decoder whose blocks are made of linears.
     """
     check_shards(folder)
+    if streamed:
+        return _streamed_decoder(folder, dtype, device, trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=DTYPES[dtype],
@@ -140,7 +191,15 @@ def load_decoder(folder: Path, dtype: Dtype, device: torch.device, *, trust_remo
         local_files_only=True,
         use_safetensors=True,  # never a pickle
     )
+    _decompress(model)
     return make_decoder(model.to(device))
+
+
+def _decompress(model: PreTrainedModel) -> None:
+    """Unpack integer weights now: left alone they are unpacked by the model's first forward pass, not by a block's."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.quantization_config.dequantize:
+        quantizer.compressor.decompress_model(model)
 
 
 def make_decoder(model: PreTrainedModel) -> Decoder:
@@ -154,13 +213,36 @@ def make_decoder(model: PreTrainedModel) -> Decoder:
     model.eval().requires_grad_(False)
     path, blocks = find_blocks(model)
     check_blocks(model, blocks)
-    sites = tuple(_trace_sites(Decoder(model, path, blocks, ())))
-    check_sites(model, blocks, sites)
-    return Decoder(model, path, blocks, sites)
+    for block in blocks:
+        _align_experts(block, model.dtype)
+        unfuse_experts(block)
+    return _with_sites(Decoder(model, path, blocks, ()))
 
 
-def describe_linears(folder: Path, *, trust_remote_code: bool = False) -> dict[str, tuple[int, int]]:
-    """Return (outputs, inputs) of every linear in the blocks, by name, without reading any weight.
+def _align_experts(block: nn.Module, dtype: torch.dtype) -> None:
+    """Give fused experts the model's dtype: transformers 5.23 leaves unpacked ones in that of their scales."""
+    for module in block.modules():
+        if is_fused(module):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+
+
+def _streamed_decoder(folder: Path, dtype: Dtype, device: torch.device, trust_remote_code: bool) -> Decoder:
+    model = empty_model(folder, DTYPES[dtype], trust_remote_code=trust_remote_code)
+    path, blocks = find_blocks(model)
+    check_blocks(model, blocks)
+    weights = StreamedWeights(folder, model, path, device)
+    weights.load_rest()
+    return _with_sites(Decoder(model, path, blocks, (), weights))
+
+
+def _with_sites(decoder: Decoder) -> Decoder:
+    sites = tuple(_trace_sites(decoder))
+    return replace(decoder, sites=sites)
+
+
+def describe_decoder(folder: Path, *, trust_remote_code: bool = False) -> Decoder:
+    """Return a decoder without weights and sites, from its configuration alone.
 
     Raises
     ------
@@ -178,12 +260,7 @@ def describe_linears(folder: Path, *, trust_remote_code: bool = False) -> dict[s
         ) from cause
     path, blocks = find_blocks(model)
     check_blocks(model, blocks)
-    return {
-        f"{path}.{index}.{name}": (module.out_features, module.in_features)
-        for index, block in enumerate(blocks)
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    return Decoder(model, path, blocks, ())
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
@@ -219,10 +296,10 @@ def check_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
     """
     for index, block in enumerate(blocks):
         for name, module in block.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) or is_fused(module):
                 continue
             for parameter_name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim >= 2:
+                if parameter.ndim >= 2 and not is_router(module, parameter):
                     raise InputError(
                         f"Block {index} of {type(model).__name__} keeps weights in `{name}.{parameter_name}` "
                         f"({type(module).__name__}, shape {tuple(parameter.shape)}); "
@@ -230,7 +307,7 @@ def check_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
                     )
 
 
-def check_sites(model: PreTrainedModel, blocks: Sequence[nn.Module], sites: Sequence[Site]) -> None:
+def check_sites(model: PreTrainedModel, index: int, block: nn.Module, sites: Sequence[Site]) -> None:
     """Raise when a linear of a block reads no input or more than one, and so has no Gram matrix of its own.
 
     Raises
@@ -238,14 +315,13 @@ def check_sites(model: PreTrainedModel, blocks: Sequence[nn.Module], sites: Sequ
     InputError
         Naming the block and the linear.
     """
-    for index, block in enumerate(blocks):
-        read = [name for site in sites if site.block == index for name in site.linears]
-        for name, module in block.named_modules():
-            if isinstance(module, nn.Linear) and read.count(name) != 1:
-                raise InputError(
-                    f"Block {index} of {type(model).__name__} reads {read.count(name)} inputs with `{name}` in a text "
-                    f"of {PROBE_TOKENS} tokens; covercal quantises linears that read exactly one."
-                )
+    read = [name for site in sites for name in site.linears]
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear) and read.count(name) != 1:
+            raise InputError(
+                f"Block {index} of {type(model).__name__} reads {read.count(name)} inputs with `{name}` in a text "
+                f"of {PROBE_TOKENS} tokens; covercal quantises linears that read exactly one."
+            )
 
 
 def batches(sequences: Sequence[npt.NDArray[np.int32]], tokens: int) -> Iterator[list[int]]:
@@ -326,18 +402,21 @@ def _trace_sites(decoder: Decoder) -> Iterator[Site]:
     """Yield the sites of every block, found by which linears receive the very same tensor in a forward pass."""
     tokens = torch.zeros((1, PROBE_TOKENS), dtype=torch.int64, device=decoder.device)
     hidden, arguments = block_inputs(decoder, tokens)
-    for index, block in enumerate(decoder.blocks):
+    for index in range(len(decoder.blocks)):
+        block = decoder.block(index)
         seen: list[tuple[Tensor, list[str]]] = []
         hooks = [
             module.register_forward_pre_hook(_note_input(seen, name))
             for name, module in block.named_modules()
             if isinstance(module, nn.Linear)
         ]
-        hidden = run_block(block, hidden, arguments[index])
+        with probing(block):
+            hidden = run_block(block, hidden, arguments[index])
         for hook in hooks:
             hook.remove()
-        for order, (tensor, names) in enumerate(seen):
-            yield Site(index, order, tuple(names), tensor.shape[-1])
+        sites = [Site(index, order, tuple(names), tensor.shape[-1]) for order, (tensor, names) in enumerate(seen)]
+        check_sites(decoder.model, index, block, sites)
+        yield from sites
 
 
 def _note_input(seen: list[tuple[Tensor, list[str]]], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -374,6 +453,6 @@ def head_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     soft-capping) is the model's own code.
     """
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-    with replaced_forward(decoder.body, lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)):
+    with replaced_forward(decoder.body, lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden)):
         logits: Tensor = decoder.model(input_ids=tokens, use_cache=False).logits
     return logits.float()

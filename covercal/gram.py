@@ -1,47 +1,235 @@
-"""Gram matrices of layer inputs: H = mean over tokens of x x^T; every token weighs 1, or every sequence the same."""
+"""What quantisation needs to know of a site's inputs, summed over calibration sequences as they pass.
 
-from dataclasses import dataclass
+The Gram matrix is H = mean over tokens of x x^T, every token weighing 1, or every sequence the same. Any positive
+multiple gives the same rounding: all regularisation is relative.
+"""
+
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+WIDE_CHANNELS = 8192  # above it, sums are kept in float32: a float64 matrix alone would take more than half a gigabyte
+VALIDATION_EVERY = 4  # every fourth sequence validates
+BINS_PER_OCTAVE = 32
+LOWEST_OCTAVE, HIGHEST_OCTAVE = -40, 24  # of |x|, for static activation ranges
 
-@dataclass(slots=True)
-class GramSum:
-    """A running Gram matrix of one site's inputs.
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which sums are kept beside the Gram matrix.
 
     Attributes
     ----------
-    total
-        float64 (channels, channels): sum over tokens of weight * x x^T.
-    weight
-        Sum of the tokens' weights.
-    sequences, tokens
-        What went into it.
+    validation
+        A second Gram matrix, of every fourth sequence.
+    spread
+        How much the sequences' own Gram matrices differ (Ledoit-Wolf).
+    magnitude, peak
+        Mean, and largest, |x| of each channel.
+    drift
+        Cross products with the original model's inputs.
+    histogram
+        How often |x| is how large.
+    gram
+        The Gram matrix itself.
     """
 
-    total: Tensor
-    weight: float = 0.0
+    gram: bool = True
+    validation: bool = False
+    spread: bool = False
+    magnitude: bool = False
+    peak: bool = False
+    drift: bool = False
+    histogram: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SiteStatistics:
+    """The inputs of one site as quantisation sees them; what was not asked for is None.
+
+    Attributes
+    ----------
+    gram
+        (channels, channels): weighted mean over tokens of x x^T.
+    validation
+        The same over held-out sequences alone; `training` is then the same over the others.
+    training
+        See `validation`.
+    magnitude, peak
+        (channels,): mean (weighted) and largest |x|.
+    drift, drift_energy
+        (channels, channels): weighted means of dX X^T and dX dX^T, dX what the original model's inputs have more.
+    pool_energy
+        (channels,): mean over the pool's tokens of x**2 at full precision.
+    mean_square
+        Mean over sequences of the sum of squares off the diagonal of each one's own Gram matrix.
+    sequences, tokens, weight
+        What the sums are over, and the sum of the tokens' weights.
+    histogram
+        int64 (bins,): how many |x| lie in each of the bins of `bin_values`; zeros are not counted.
+    largest
+        Largest |x|.
+    """
+
+    gram: Tensor | None = None
+    validation: Tensor | None = None
+    training: Tensor | None = None
+    magnitude: Tensor | None = None
+    peak: Tensor | None = None
+    drift: Tensor | None = None
+    drift_energy: Tensor | None = None
+    pool_energy: Tensor | None = None
+    mean_square: float = math.nan
     sequences: int = 0
     tokens: int = 0
+    weight: float = 0.0
+    histogram: Tensor | None = None
+    largest: float = math.nan
 
-    @classmethod
-    def empty(cls, channels: int, device: torch.device) -> "GramSum":
-        """Return the sum of nothing."""
-        return cls(torch.zeros((channels, channels), dtype=torch.float64, device=device))
+    def scaled(self, scale: Tensor) -> "SiteStatistics":
+        """Return the statistics of inputs that are divided by a scale (channels,).
 
-    def add(self, x: Tensor, sequences: int, weight: float = 1.0) -> None:
-        """Add the inputs of some sequences, (…, channels): products in float32, the sum in float64.
-
-        `weight` is that of each token: 1 for GPTQ, where a long sequence counts for more than a short one (arXiv
-        2210.17323); the inverse of the sequence's length for MaCa (arXiv 2602.07465).
+        The histogram, and the spread of the sequences, are not kept: they do not follow from what is known.
         """
-        flat = x.reshape(-1, x.shape[-1]).float()
-        self.total.add_(flat.T @ flat, alpha=weight)
-        self.weight += weight * flat.shape[0]
-        self.sequences += sequences
+        outer = torch.outer(scale, scale)
+
+        def over(value: Tensor | None, by: Tensor) -> Tensor | None:
+            return None if value is None else value / by.to(value.dtype)
+
+        return replace(
+            self,
+            gram=over(self.gram, outer),
+            validation=over(self.validation, outer),
+            training=over(self.training, outer),
+            drift=over(self.drift, outer),
+            drift_energy=over(self.drift_energy, outer),
+            magnitude=over(self.magnitude, scale),
+            peak=over(self.peak, scale),
+            pool_energy=over(self.pool_energy, scale.square()),
+            mean_square=math.nan,
+            histogram=None,
+            largest=math.nan,
+        )
+
+
+class SiteSums:
+    """Running sums over one site's inputs.
+
+    Parameters
+    ----------
+    channels
+        Of the site.
+    device
+        Where the inputs are.
+    wanted
+        What to sum.
+    """
+
+    def __init__(self, channels: int, device: torch.device, wanted: Wanted) -> None:
+        self._wanted = wanted
+        self._dtype = torch.float32 if channels > WIDE_CHANNELS else torch.float64
+        self._shape, self._device = (channels, channels), device
+        self._total = self._matrix(wanted.gram)
+        self._validation = self._matrix(wanted.validation)
+        self._drift, self._drift_energy = self._matrix(wanted.drift), self._matrix(wanted.drift)
+        self._absolute = torch.zeros(channels, dtype=torch.float64, device=device) if wanted.magnitude else None
+        self._peak = torch.zeros(channels, dtype=torch.float32, device=device) if wanted.peak else None
+        bins = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * BINS_PER_OCTAVE
+        self._histogram = torch.zeros(bins, dtype=torch.int64, device=device) if wanted.histogram else None
+        self._largest = 0.0
+        self._weight = self._validation_weight = 0.0
+        self._square = 0.0
+        self.sequences = self.tokens = 0
+
+    def add(self, x: Tensor, *, weight: float = 1.0, original: Tensor | None = None, first: int = 0) -> None:
+        """Add the inputs of some sequences: products in float32, sums in float64.
+
+        Parameters
+        ----------
+        x
+            (sequences, tokens, channels).
+        weight
+            Of each token: 1 for GPTQ, where a long sequence counts for more than a short one (arXiv 2210.17323); the
+            inverse of the sequence's length, up to one factor for all, for MaCa (arXiv 2602.07465).
+        original
+            The original model's inputs at the same tokens.
+        first
+            Number of the first sequence among all calibration sequences; it decides which ones validate.
+        """
+        by_sequence = x.float()
+        flat = by_sequence.reshape(-1, x.shape[-1])
+        self._add_ends(flat, weight)
+        if self._total is not None:
+            self._add_products(by_sequence, flat, weight, first)
+        if original is not None and self._drift is not None and self._drift_energy is not None:
+            difference = original.float().reshape(flat.shape) - flat
+            self._drift.add_(difference.T @ flat, alpha=weight)
+            self._drift_energy.add_(difference.T @ difference, alpha=weight)
+        self._weight += weight * flat.shape[0]
+        self.sequences += x.shape[0]
         self.tokens += flat.shape[0]
 
-    def gram(self) -> Tensor:
-        """Return H, float64 (channels, channels): the weighted mean over tokens of x x^T."""
-        return self.total / (self.weight or 1.0)
+    def statistics(self) -> SiteStatistics:
+        """Return the means of what was added."""
+        whole = self._weight or 1.0
+        total, validation = self._total, self._validation
+        held_out = self._validation_weight
+        trained = self._weight - held_out
+        return SiteStatistics(
+            gram=None if total is None else total / whole,
+            validation=None if validation is None or not held_out else validation / held_out,
+            training=None if total is None or validation is None or not trained else (total - validation) / trained,
+            magnitude=None if self._absolute is None else self._absolute / whole,
+            peak=None if self._peak is None else self._peak.double(),
+            drift=None if self._drift is None else self._drift / whole,
+            drift_energy=None if self._drift_energy is None else self._drift_energy / whole,
+            mean_square=self._square / self.sequences if self._wanted.spread and self.sequences else math.nan,
+            sequences=self.sequences,
+            tokens=self.tokens,
+            weight=self._weight,
+            histogram=self._histogram,
+            largest=self._largest if self._histogram is not None else math.nan,
+        )
+
+    def _matrix(self, wanted: bool) -> Tensor | None:
+        return torch.zeros(self._shape, dtype=self._dtype, device=self._device) if wanted else None
+
+    def _add_ends(self, flat: Tensor, weight: float) -> None:
+        if self._absolute is None and self._peak is None and self._histogram is None:
+            return
+        magnitude = flat.abs()
+        if self._absolute is not None:
+            self._absolute.add_(magnitude.sum(dim=0, dtype=torch.float64), alpha=weight)
+        if self._peak is not None and len(flat):
+            self._peak = torch.maximum(self._peak, magnitude.amax(dim=0))
+        if self._histogram is not None and len(flat):
+            self._largest = max(self._largest, float(magnitude.max()))
+            positive = magnitude[magnitude > 0]
+            bins = ((positive.log2() - LOWEST_OCTAVE) * BINS_PER_OCTAVE).floor_().clamp_(0, len(self._histogram) - 1)
+            self._histogram += torch.bincount(bins.long(), minlength=len(self._histogram))
+
+    def _add_products(self, by_sequence: Tensor, flat: Tensor, weight: float, first: int) -> None:
+        """Add x x^T, one sequence at a time where sequences have to be told apart."""
+        total = self._total
+        if total is None:
+            return
+        if not self._wanted.validation and not self._wanted.spread:
+            total.add_(flat.T @ flat, alpha=weight)
+            return
+        for number, x in enumerate(by_sequence, start=first):
+            product = x.T @ x
+            total.add_(product, alpha=weight)
+            if self._wanted.spread and len(x):
+                square = (product.double() / len(x)).square_()
+                self._square += float(square.sum() - square.diagonal().sum())
+            if self._validation is not None and number % VALIDATION_EVERY == VALIDATION_EVERY - 1:
+                self._validation.add_(product, alpha=weight)
+                self._validation_weight += weight * len(x)
+
+
+def bin_values(device: torch.device) -> Tensor:
+    """Return the middle (geometric) of every bin of a histogram of |x|, float64 (bins,)."""
+    count = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * BINS_PER_OCTAVE
+    return torch.exp2((torch.arange(count, device=device).double() + 0.5) / BINS_PER_OCTAVE + LOWEST_OCTAVE)

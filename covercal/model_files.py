@@ -59,6 +59,31 @@ class ModelFiles:
         return {} if self.gguf else _json_object(self.folder / "config.json")
 
 
+def block_count(folder: Path) -> int:
+    """Return how many blocks a model folder's configuration names.
+
+    Raises
+    ------
+    InputError
+        When it names no number.
+    """
+    config = _json_object(folder / "config.json")
+    inner = config.get("text_config")
+    for values in (config, inner if isinstance(inner, dict) else {}):
+        for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
+            if isinstance(values.get(name), int):
+                return int(values[name])
+    raise InputError(f"{folder / 'config.json'} does not say how many blocks the model has (num_hidden_layers).")
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """Return the safetensors files that transformers reads in a folder: those of the index, or the only one."""
+    if (folder / INDEX).is_file():
+        names = set(_json_object(folder / INDEX)["weight_map"].values())
+        return tuple(folder / name for name in sorted(names))
+    return (folder / "model.safetensors",)
+
+
 def locate_model(model: Model) -> ModelFiles:
     """Find a model's files; a hub id is downloaded to the hub's own cache (safetensors only).
 

@@ -3,38 +3,35 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from covercal.decoder import (
-    DTYPES,
-    BlockArguments,
-    Decoder,
-    Site,
-    batches,
-    block_inputs,
-    free_memory,
-    linear_of,
-    replaced_forward,
-    run_block,
-    token_tensor,
+from covercal.activations import quantize_inputs, static_scale
+from covercal.calibration import (
+    IN_MEMORY,
+    Calibration,
+    Memory,
+    Tokens,
+    advance,
+    block_sums,
+    expert_of,
+    keep_original_inputs,
+    outputs_fit,
+    round_parameters,
+    site_sums,
+    start_calibration,
 )
+from covercal.decoder import DTYPES, Decoder, Site, linear_of
 from covercal.errors import QuantizationError
-from covercal.gram import GramSum
-from covercal.quantizers.grid import Grid, GridSettings, dequantize, min_max_grid
-from covercal.quantizers.registry import METHODS
-from covercal.quantizers.rounding import Rounded, RoundingSettings, rounder
-from covercal.recipe import Dtype, Quantization
-
-BATCH_TOKENS = 1024
-GPU_BATCH_TOKENS = 16384
-KEPT_SHARE = 0.25  # of the free memory, for outputs that would be computed once for each site otherwise
+from covercal.gram import SiteStatistics, Wanted
+from covercal.hidden_states import HiddenStates, aligned
+from covercal.input_scaling import ScaledSite, scale_block
+from covercal.quantization_settings import Dtype, Quantization
+from covercal.quantizers.solver import Solved, SolvedSite, solve_site
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +48,22 @@ class QuantizedLinear:
         (outputs, groups), in the checkpoint's dtype.
     zero
         uint8 (outputs, groups).
+    salient
+        Mask, bool (outputs, inputs), and values of the weights that are not on the grid; None when all are.
+    input_scale
+        Step of the static grid of its inputs, a single number; None when they are not quantised so.
+    widened
+        Whether readers multiply codes and scales in the dtype they compute in, not in that of the scales: transformers
+        does so where activations are quantised, too.
     """
 
     name: str
     codes: Tensor
     scale: Tensor
     zero: Tensor
+    salient: tuple[Tensor, Tensor] | None = None
+    input_scale: Tensor | None = None
+    widened: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +73,21 @@ class LinearReport:
     Attributes
     ----------
     output_error
-        ||W X - Q X|| / ||W X|| on the calibration inputs behind the quantised prefix; NaN without calibration.
+        ||W X - Q X|| / ||W X|| on the inputs that it was calibrated on; NaN without calibration.
     weight_error
         ||W - Q|| / ||W||.
     damping, attempts, dead
-        See `Rounded`.
+        See `Factor`.
+    shrinkage, gamma
+        How the Gram matrix was regularised, see `Regularization`; NaN where there is none.
+    alpha
+        Of the mismatch-corrected target; NaN where there is none.
+    scaling
+        Power of the input scale that was chosen; NaN where inputs were not scaled.
+    tokens
+        Calibration tokens that it read.
+    note
+        What was done otherwise than asked, and why; empty when nothing was.
     seconds
         Solver time, shared evenly by the linears of a site.
     """
@@ -83,6 +100,12 @@ class LinearReport:
     damping: float
     attempts: int
     dead: int
+    shrinkage: float = math.nan
+    gamma: float = math.nan
+    alpha: float = math.nan
+    scaling: float = math.nan
+    tokens: int = 0
+    note: str = ""
     seconds: float = 0.0
 
 
@@ -96,15 +119,19 @@ class QuantizedBlock:
         Its place.
     linears, reports
         Its linears as the checkpoint keeps them, and how well each was quantised.
+    others
+        All its other weights, by their name in the model; a scale may have been folded into them.
     leaving
-        What leaves it and enters the next block, (sequences, length, model width) for each batch of calibration
-        sequences; with them the walk can be resumed.
+        What leaves it and enters the next block, for each batch of calibration sequences: behind the quantised prefix,
+        and in the original model where the two are compared. With them the walk can be resumed. Empty after the last
+        block; what lies in files is only good until the next block is asked for.
     """
 
     index: int
     linears: tuple[QuantizedLinear, ...]
     reports: tuple[LinearReport, ...]
-    leaving: tuple[Tensor, ...]
+    others: Mapping[str, Tensor]
+    leaving: tuple[HiddenStates, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,20 +143,23 @@ class Resumed:
     index
         The first block that is not finished.
     entering
-        `QuantizedBlock.leaving` of the block before it.
+        `QuantizedBlock.leaving` of the block before it, stream by stream.
     """
 
     index: int
-    entering: tuple[Tensor, ...]
+    entering: tuple[Sequence[Tensor], ...]
 
 
-@dataclass(slots=True)
-class _Batch:
-    """Calibration sequences of one length on their way through the blocks."""
+class PoolSource(Protocol):
+    """What is cached of the pool."""
 
-    hidden: Tensor
-    arguments: list[BlockArguments]
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # of the present block's quantised linears
+    def statistics(self, site: Site) -> SiteStatistics:
+        """Return what the settings read of a site's inputs in the original model, over the whole pool."""
+        ...
+
+    def input_scale(self, site: Site, scale: Tensor | None) -> float:
+        """Return the step of a static grid of a site's inputs, which are divided by `scale` (channels,) before."""
+        ...
 
 
 def check_group_size(linears: dict[str, tuple[int, int]], group_size: int | None) -> None:
@@ -155,10 +185,12 @@ def check_group_size(linears: dict[str, tuple[int, int]], group_size: int | None
 @torch.inference_mode()
 def quantize_blocks(
     decoder: Decoder,
-    sequences: Sequence[npt.NDArray[np.int32]],
+    sequences: Sequence[Tokens],
     settings: Quantization,
     storage_dtype: Dtype,
     resumed: Resumed | None = None,
+    pool: PoolSource | None = None,
+    memory: Memory = IN_MEMORY,
 ) -> Iterator[QuantizedBlock]:
     """Quantise block by block and yield each when it is done; the decoder itself is not changed.
 
@@ -167,198 +199,293 @@ def quantize_blocks(
     decoder
         The original model.
     sequences
-        Calibration samples; not used by a method without calibration.
+        Calibration samples; not used by settings without calibration.
     settings
-        Method, grid, damping, order.
+        All choices.
     storage_dtype
         Dtype in which the checkpoint keeps scales and all other weights; they are rounded to it here too, so
         that later blocks are calibrated behind what the checkpoint will hold.
     resumed
         Goes on behind blocks that were finished earlier, with the same result to the bit.
+    pool
+        What is cached of the pool, for settings that read it.
+    memory
+        Where hidden states go.
 
     Raises
     ------
     QuantizationError
         Naming the linear that cannot be quantised.
     """
-    calibrated = METHODS[settings.method].calibrated
-    with _rounded_outside_blocks(decoder, storage_dtype):
-        running = _entering_batches(decoder, sequences) if calibrated else []
+    job = _Job(decoder, settings, storage_dtype, pool)
+    running = _start(job, sequences, memory) if settings.calibrated else None
     first = 0
     if resumed is not None:
         first = resumed.index
-        for batch, hidden in zip(running, resumed.entering, strict=True):
-            if hidden.shape != batch.hidden.shape:
-                raise ValueError(f"batch of shape {tuple(hidden.shape)} resumed as {tuple(batch.hidden.shape)}")
-            batch.hidden = torch.empty_like(batch.hidden).copy_(hidden)  # aligned in memory as it was
-    for index, block in enumerate(decoder.blocks[first:], start=first):
-        working = copy.deepcopy(block)
-        round_parameters(working, storage_dtype)
-        sites = [site for site in decoder.sites if site.block == index]
-        keep = _outputs_fit(working, sites, running)
-        finished: list[str] = []
-        linears: list[QuantizedLinear] = []
-        reports: list[LinearReport] = []
-        for site in sites:
-            gram = _site_gram(working, site, running, finished) if calibrated else None
-            for linear, report in _quantize_site(decoder, working, site, gram, settings, storage_dtype):
-                linears.append(linear)
-                reports.append(report)
-            finished += site.linears if keep else ()
-        for batch in running:
-            with _recalled(working, finished, batch.outputs):
-                batch.hidden = run_block(working, batch.hidden, batch.arguments[index]).contiguous()
-            batch.outputs.clear()
-        yield QuantizedBlock(index, tuple(linears), tuple(reports), tuple(batch.hidden for batch in running))
+        if running is not None:
+            _enter(running, resumed)
+    for index in range(first, len(decoder.blocks)):
+        yield _quantize_block(job, index, running)
 
 
-def round_parameters(module: nn.Module, storage_dtype: Dtype) -> None:
-    """Round all parameters of a module to the checkpoint's dtype, keeping the dtype they compute in."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(DTYPES[storage_dtype]).to(parameter.dtype)
+@torch.inference_mode()
+def quantize_one_block(
+    decoder: Decoder, index: int, settings: Quantization, storage_dtype: Dtype, pool: PoolSource | None
+) -> QuantizedBlock:
+    """Quantise one block by itself, for settings without calibration: nothing depends on the blocks before it.
+
+    Raises
+    ------
+    QuantizationError
+        Naming the linear that cannot be quantised.
+    """
+    if settings.calibrated:
+        raise ValueError("these settings calibrate behind the quantised prefix")
+    return _quantize_block(_Job(decoder, settings, storage_dtype, pool), index, None)
 
 
 def dequantized(linear: QuantizedLinear, dtype: torch.dtype) -> Tensor:
     """Return the weight as readers of the checkpoint do: (codes - zero) * scale in the scale's dtype, then `dtype`."""
     repeat = linear.codes.shape[1] // linear.scale.shape[1]
     zero = linear.zero.repeat_interleave(repeat, dim=1).to(torch.int16)
-    scale = linear.scale.repeat_interleave(repeat, dim=1)
-    return ((linear.codes.to(torch.int16) - zero).to(scale.dtype) * scale).to(dtype)
+    scale = linear.scale.repeat_interleave(repeat, dim=1).to(dtype if linear.widened else linear.scale.dtype)
+    plain = (linear.codes.to(torch.int16) - zero).to(scale.dtype) * scale
+    if linear.salient is not None:
+        plain = plain.masked_scatter(*linear.salient)
+    return plain.to(dtype)
 
 
-def _entering_batches(decoder: Decoder, sequences: Sequence[npt.NDArray[np.int32]]) -> list[_Batch]:
-    limit = BATCH_TOKENS if decoder.device.type == "cpu" else GPU_BATCH_TOKENS
-    entering = []
-    for members in batches(sequences, limit):
-        tokens = token_tensor([sequences[m] for m in members], decoder.device)
-        entering.append(_Batch(*block_inputs(decoder, tokens)))
-    return entering
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What all blocks are quantised with."""
+
+    decoder: Decoder
+    settings: Quantization
+    storage_dtype: Dtype
+    pool: PoolSource | None
+
+    @property
+    def compares(self) -> bool:
+        """Return whether the original model runs beside the quantised one."""
+        return self.settings.target.kind != "weights"
+
+    @property
+    def sequential(self) -> bool:
+        """Return whether a site is calibrated behind the quantised sites before it in its block."""
+        settings = self.settings
+        rounds = settings.rounding.kind != "nearest" or settings.rounding.polish > 0
+        return rounds or settings.static_from_calibration
+
+    def known(self, site: Site) -> SiteStatistics:
+        """Return what is cached of the pool for a site."""
+        if self.pool is None:
+            raise ValueError("these settings read what is cached of the pool")
+        return self.pool.statistics(site)
 
 
-@contextmanager
-def _rounded_outside_blocks(decoder: Decoder, storage_dtype: Dtype) -> Iterator[None]:
-    """Round embeddings and all else before the first block to the checkpoint's dtype for a while."""
-    inside = {id(parameter) for block in decoder.blocks for parameter in block.parameters()}
-    outside = [(p, p.data) for p in decoder.model.parameters() if id(p) not in inside]
-    try:
-        for parameter, _ in outside:
-            parameter.data = parameter.data.to(DTYPES[storage_dtype]).to(parameter.dtype)
-        yield
-    finally:
-        for parameter, original in outside:
-            parameter.data = original
-
-
-class _InputSeenError(Exception):
-    """Ends a block's forward pass once the site's input has been seen."""
-
-
-def _site_gram(block: nn.Module, site: Site, running: Sequence[_Batch], finished: Sequence[str]) -> GramSum:
-    first = block.get_submodule(site.linears[0])
-    gram = GramSum.empty(site.channels, next(block.parameters()).device)
-    for batch in running:
-
-        def note(_: nn.Module, inputs: tuple[Tensor, ...], sequences: int = batch.hidden.shape[0]) -> None:
-            gram.add(inputs[0], sequences)
-            raise _InputSeenError
-
-        hook = first.register_forward_pre_hook(note)
-        try:
-            with _recalled(block, finished, batch.outputs):
-                run_block(block, batch.hidden, batch.arguments[site.block])
-        except _InputSeenError:
-            continue
-        finally:
-            hook.remove()
-    return gram
-
-
-def _outputs_fit(block: nn.Module, sites: Sequence[Site], running: Sequence[_Batch]) -> bool:
-    """Return whether what the block's linears give for all batches takes at most a part of the free memory."""
-    width = sum(linear_of(block, name).weight.shape[0] for site in sites for name in site.linears)
-    wanted = sum(batch.hidden.shape[:-1].numel() * width * batch.hidden.element_size() for batch in running)
-    return wanted <= KEPT_SHARE * free_memory(next(block.parameters()).device)
-
-
-@contextmanager
-def _recalled(block: nn.Module, finished: Sequence[str], outputs: dict[str, Tensor]) -> Iterator[None]:
-    """Let the finished linears of a block give again what they gave for this batch, or give it and keep it.
-
-    Every site of a block needs its own pass, behind the sites before it. Those no longer change, and each linear reads
-    one input a pass, so that each has to be computed only once a batch.
-    """
-
-    def recall(name: str, compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
-            if name not in outputs:
-                outputs[name] = compute(x)
-            return outputs[name]
-
-        return forward
-
-    with ExitStack() as stack:
-        for name in finished:
-            module = linear_of(block, name)
-            stack.enter_context(replaced_forward(module, recall(name, module.forward)))
-        yield
-
-
-def _quantize_site(
-    decoder: Decoder,
-    block: nn.Module,
-    site: Site,
-    gram: GramSum | None,
-    settings: Quantization,
-    storage_dtype: Dtype,
-) -> Iterator[tuple[QuantizedLinear, LinearReport]]:
-    """Quantise the linears of a site together: rows are independent, so one factorisation serves all."""
-    started = time.perf_counter()
-    modules = [linear_of(block, name) for name in site.linears]
-    weight = torch.cat([module.weight.double() for module in modules])
-    matrix = gram.gram() if gram is not None else None
-    grid_settings = GridSettings(settings.bits, settings.group_size, settings.symmetric, DTYPES[storage_dtype])
-    rounding = RoundingSettings(settings.damping, settings.activation_order, settings.shrinkage)
-    try:
-        grid = min_max_grid(weight, grid_settings)
-        rounded = rounder(settings.method)(weight, matrix, grid, rounding)
-    except QuantizationError as cause:
-        raise QuantizationError(f"{decoder.full_name(site, site.linears[0])} cannot be quantised: {cause}.") from cause
-    seconds = (time.perf_counter() - started) / len(modules)
-    start = 0
-    for name, module in zip(site.linears, modules, strict=True):
-        rows = slice(start, start + module.weight.shape[0])
-        start = rows.stop
-        linear = QuantizedLinear(
-            decoder.full_name(site, name),
-            rounded.codes[rows].to(torch.uint8),
-            grid.scale[rows].to(DTYPES[storage_dtype]),
-            grid.zero[rows].to(torch.uint8),
-        )
-        report = _report(
-            linear.name, weight[rows], rounded, Grid(grid.scale[rows], grid.zero[rows], grid_settings), rows, matrix
-        )
-        module.weight.data = dequantized(linear, module.weight.dtype)
-        yield linear, replace(report, seconds=seconds)
-
-
-def _report(name: str, weight: Tensor, rounded: Rounded, grid: Grid, rows: slice, gram: Tensor | None) -> LinearReport:
-    error = weight - dequantize(rounded.codes[rows], *grid.columns(weight.shape[1]))
-    return LinearReport(
-        name=name,
-        outputs=weight.shape[0],
-        inputs=weight.shape[1],
-        output_error=_relative(_energy(error, gram), _energy(weight, gram)) if gram is not None else math.nan,
-        weight_error=_relative(error.square().sum(), weight.square().sum()),
-        damping=rounded.damping,
-        attempts=rounded.attempts,
-        dead=rounded.dead,
+def _start(job: _Job, sequences: Sequence[Tokens], memory: Memory) -> Calibration:
+    gram = job.settings.gram
+    if gram.prefixes:
+        sequences = [sequence[:length] for sequence in sequences for length in gram.prefixes if length <= len(sequence)]
+    return start_calibration(
+        job.decoder,
+        sequences,
+        by_sequence=gram.weight == "sequence",
+        compares=job.compares,
+        storage_dtype=job.storage_dtype,
+        memory=memory,
     )
 
 
-def _energy(matrix: Tensor, gram: Tensor) -> Tensor:
-    """Return tr(M H M^T), the squared output of M on the inputs of H; float32 does for a report."""
-    return ((matrix.float() @ gram.float()) * matrix).sum(dtype=torch.float64)
+def _enter(running: Calibration, resumed: Resumed) -> None:
+    """Let the walk go on behind finished blocks."""
+    streams = (running.hidden, running.original)
+    for stream, entering in zip(streams, resumed.entering, strict=False):
+        if len(stream) != len(entering):
+            raise ValueError(f"{len(stream)} batches resumed as {len(entering)}")
+        for number, hidden in enumerate(entering):
+            if hidden.shape != stream[number].shape:
+                raise ValueError(f"batch of shape {tuple(stream[number].shape)} resumed as {tuple(hidden.shape)}")
+            stream[number] = aligned(hidden)
 
 
-def _relative(error: Tensor, whole: Tensor) -> float:
-    return math.sqrt(max(float(error), 0.0) / float(whole)) if float(whole) > 0 else 0.0
+def _quantize_block(job: _Job, index: int, running: Calibration | None) -> QuantizedBlock:
+    decoder, settings = job.decoder, job.settings
+    block = decoder.own_block(index)
+    original = copy.deepcopy(block) if job.compares else None
+    round_parameters(block, job.storage_dtype)
+    sites = decoder.block_sites(index)
+    seen = _first_look(job, block, sites, running)
+    scaled: dict[int, ScaledSite] = {}
+    if settings.scaling.search != "none":
+        scaled = scale_block(decoder, block, sites, seen, settings, job.storage_dtype, running)
+        round_parameters(block, job.storage_dtype)
+    keep = running is not None and outputs_fit(block, sites, running, compares=job.compares)
+    if running is not None and original is not None and keep:
+        keep_original_inputs(original, sites, running)
+    finished: list[str] = []
+    linears: list[QuantizedLinear] = []
+    reports: list[LinearReport] = []
+    for site in sites:
+        how = scaled.get(site.order, ScaledSite())
+        statistics = _site_statistics(job, block, site, running, finished, original, seen.get(site.order), how.scale)
+        for linear, report in _quantize_site(job, block, site, statistics, how):
+            linears.append(linear)
+            reports.append(report)
+        finished += site.linears if keep else ()
+    leaving: tuple[HiddenStates, ...] = ()
+    if running is not None and index + 1 < len(decoder.blocks):
+        advance(running, block, index, finished, original)
+        streams = (running.hidden, running.original) if job.compares else (running.hidden,)
+        leaving = tuple(stream.snapshot() for stream in streams)
+    return QuantizedBlock(index, tuple(linears), tuple(reports), _others(decoder, block, index, sites), leaving)
+
+
+def _others(decoder: Decoder, block: nn.Module, index: int, sites: Sequence[Site]) -> dict[str, Tensor]:
+    quantized = {f"{name}.weight" for site in sites for name in site.linears}
+    prefix = f"{decoder.blocks_path}.{index}."
+    return {f"{prefix}{name}": value for name, value in block.state_dict().items() if name not in quantized}
+
+
+def _first_look(
+    job: _Job, block: nn.Module, sites: Sequence[Site], running: Calibration | None
+) -> dict[int, SiteStatistics]:
+    """Return what is known of every site's inputs before anything in the block is quantised, if something asks."""
+    settings = job.settings
+    scales = settings.scaling.search != "none"
+    if not settings.reads_inputs or (job.sequential and not scales):
+        return {}
+    if running is None:
+        return {site.order: job.known(site) for site in sites}
+    wanted = Wanted(gram=True, magnitude=scales, peak=settings.scaling.search == "smooth")
+    found = {order: sums.statistics() for order, sums in block_sums(block, sites, running, wanted).items()}
+    if settings.gram.source == "blend":
+        return {site.order: blended(found[site.order], job.known(site), settings.gram.pool_share) for site in sites}
+    return found
+
+
+def _site_statistics(
+    job: _Job,
+    block: nn.Module,
+    site: Site,
+    running: Calibration | None,
+    finished: Sequence[str],
+    original: nn.Module | None,
+    seen: SiteStatistics | None,
+    scale: Tensor | None,
+) -> SiteStatistics:
+    """Return what rounding a site reads of its inputs, which are divided by `scale` by now."""
+    settings = job.settings
+    if running is None or not job.sequential:
+        if seen is None:
+            seen = job.known(site) if settings.reads_inputs else SiteStatistics()
+        return seen if scale is None else seen.scaled(scale)
+    found = site_sums(block, site, running, finished, wanted_sums(settings), original).statistics()
+    if not settings.reads_pool_gram and not settings.reads_statistics:
+        return found
+    known = job.known(site)
+    known = known if scale is None else known.scaled(scale)
+    if settings.reads_pool_gram:
+        found = blended(found, known, settings.gram.pool_share)
+    return replace(found, pool_energy=known.pool_energy)
+
+
+def wanted_sums(settings: Quantization) -> Wanted:
+    """Return what rounding reads of the calibration inputs."""
+    return Wanted(
+        gram=settings.reads_inputs,
+        validation=settings.validates,
+        spread=settings.shrinkage.strength == "ledoit_wolf",
+        magnitude=settings.damping.weights == "saliency",
+        drift=settings.target.kind != "weights",
+        histogram=settings.static_from_calibration,
+    )
+
+
+def blended(found: SiteStatistics, known: SiteStatistics, share: float) -> SiteStatistics:
+    """Return the statistics of calibration inputs with a share of each matrix taken from the pool's."""
+
+    def mix(own: Tensor | None, pool: Tensor | None) -> Tensor | None:
+        return own if own is None or pool is None else (1.0 - share) * own + share * pool.to(own.dtype)
+
+    return replace(
+        found,
+        gram=mix(found.gram, known.gram),
+        training=mix(found.training, known.training),
+        validation=mix(found.validation, known.validation),
+    )
+
+
+def _quantize_site(
+    job: _Job, block: nn.Module, site: Site, statistics: SiteStatistics, scaled: ScaledSite
+) -> Iterator[tuple[QuantizedLinear, LinearReport]]:
+    """Quantise the linears of a site together: rows are independent, so one factorisation serves all."""
+    started = time.perf_counter()
+    settings, note = job.settings, scaled.note
+    modules = [linear_of(block, name) for name in site.linears]
+    widened = settings.activations.kind != "none"
+    few = expert_of(block, site) is not None and statistics.tokens < settings.gram.expert_tokens
+    if few and settings.reads_inputs:
+        note = f"rounded to nearest: {statistics.tokens} calibration tokens reached this expert"
+        settings, statistics = without_inputs(settings), SiteStatistics(tokens=statistics.tokens)
+    try:
+        solved = solve_site([m.weight.data for m in modules], statistics, settings, DTYPES[job.storage_dtype])
+    except QuantizationError as cause:
+        name = job.decoder.full_name(site, site.linears[0])
+        raise QuantizationError(f"{name} cannot be quantised: {cause}.") from cause
+    input_scale = _input_scale(job, site, statistics, scaled.scale)
+    seconds = (time.perf_counter() - started) / len(modules)
+    for name, module, weight in zip(site.linears, modules, solved.weights, strict=True):
+        full_name = job.decoder.full_name(site, name)
+        linear = QuantizedLinear(
+            full_name, weight.codes, weight.scale, weight.zero, weight.salient, input_scale, widened
+        )
+        report = _report(full_name, weight, solved, statistics, scaled, note)
+        module.weight.data = dequantized(linear, module.weight.dtype)
+        if settings.activations.kind != "none":
+            step = None if input_scale is None else input_scale.to(module.weight.dtype)
+            quantize_inputs(module, step, settings.activations.bits)
+        yield linear, replace(report, seconds=seconds)
+
+
+def without_inputs(settings: Quantization) -> Quantization:
+    """Return settings for the same grid that read nothing of the inputs: round to nearest."""
+    kept = {"bits", "group_size", "symmetric", "storage_dtype", "salient", "activations"}
+    return Quantization(method="rtn", **settings.model_dump(include=kept))
+
+
+def _input_scale(job: _Job, site: Site, statistics: SiteStatistics, scale: Tensor | None) -> Tensor | None:
+    activations = job.settings.activations
+    if activations.kind != "static":
+        return None
+    if activations.source == "calibration":
+        if statistics.histogram is None:
+            raise ValueError("static ranges read a histogram of the inputs, which was not made")
+        step = static_scale(statistics.histogram, statistics.largest, activations)
+    elif job.pool is None:
+        raise ValueError("static ranges read what is cached of the pool")
+    else:
+        step = job.pool.input_scale(site, scale)
+    return torch.tensor([step], dtype=DTYPES[job.storage_dtype], device=job.decoder.device)
+
+
+def _report(
+    name: str, weight: Solved, solved: SolvedSite, statistics: SiteStatistics, scaled: ScaledSite, note: str
+) -> LinearReport:
+    chosen = solved.regularization
+    return LinearReport(
+        name=name,
+        outputs=weight.codes.shape[0],
+        inputs=weight.codes.shape[1],
+        output_error=weight.output_error,
+        weight_error=weight.weight_error,
+        damping=solved.factor_damping,
+        attempts=solved.attempts,
+        dead=solved.dead,
+        shrinkage=chosen.shrinkage if chosen is not None else math.nan,
+        gamma=chosen.gamma if chosen is not None and chosen.gamma is not None else math.nan,
+        alpha=weight.alpha,
+        scaling=scaled.power,
+        tokens=statistics.tokens,
+        note=note,
+    )

@@ -8,33 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from covercal.errors import InputError
-from covercal.quantizers.registry import METHODS
+from covercal.quantization_settings import Dtype, Quantization
+from covercal.section import Section, one_of
 from covercal.selectors.registry import SELECTORS
 from covercal.thresholds import RULES, WEIGHTINGS
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-def one_of(known: Mapping[str, Any], kind: str) -> BeforeValidator:
-    """Return a validator that accepts a registered name and names the nearest one otherwise."""
-
-    def check(value: Any) -> Any:
-        if not isinstance(value, str) or value not in known:
-            near = difflib.get_close_matches(str(value), list(known), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}."
-            raise ValueError(f"there is no {kind} {value!r}; {hint}")
-        return value
-
-    return BeforeValidator(check)
-
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, and a name that it does not know is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TextSource(Section):
@@ -147,22 +127,6 @@ class Selection(Section):
         return self
 
 
-class Quantization(Section):
-    """How the weights are rounded."""
-
-    method: Annotated[str, one_of(METHODS, "method")] = "gptq"
-    bits: int = Field(4, ge=2, le=8)
-    group_size: int | None = Field(128, ge=1, description="columns that share a scale; null: one scale a row")
-    symmetric: bool = False
-    activation_order: bool = Field(True, description="round the columns with the largest inputs first")
-    damping: float = Field(0.01, ge=0, description="added to the Gram diagonal, relative to its mean")
-    shrinkage: float = Field(0.0, ge=0, le=1, description="share of the Gram matrix replaced by its own diagonal")
-    storage_dtype: Dtype | Literal["auto"] = Field(
-        "auto",
-        description="dtype of scales and unquantised weights in the checkpoint; auto: the model's own 16-bit dtype",
-    )
-
-
 class PerplexityText(Section):
     """A text whose perplexity is measured over whole windows in its own order."""
 
@@ -223,9 +187,19 @@ class Recipe(Section):
                 f"selection.budget ({self.selection.budget}) is larger than pool.samples ({self.pool.samples}); "
                 f"a budget of at most {self.pool.samples} can be chosen"
             )
-        if self.outliers.adaptive and not METHODS[self.quantization.method].calibrated:
+        if self.outliers.adaptive and not self.quantization.calibrated:
             raise ValueError(
                 f"outliers.adaptive needs the errors of a calibrated method; {self.quantization.method} has none"
+            )
+        if self.quantization.reads_statistics and self.statistics.sites != "linear_inputs":
+            raise ValueError(
+                f"quantization reads statistics of every linear's input; statistics.sites is {self.statistics.sites}, "
+                "use linear_inputs"
+            )
+        too_long = [each for each in self.quantization.gram.prefixes if each > max(self.pool.lengths)]
+        if too_long:
+            raise ValueError(
+                f"quantization.gram.prefixes has {too_long[0]} tokens; samples have at most {max(self.pool.lengths)}"
             )
         beyond = [each for each in self.selection.samples if not 0 <= each < self.pool.samples]
         if beyond:
@@ -274,7 +248,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, name: str = "recipe") -
     try:
         recipe = Recipe.model_validate(value)
     except ValidationError as error:
-        lines = [_sentence(dict(each)) for each in _first_hand(error.errors())]
+        lines = [_sentence(each) for each in _by_field(_first_hand(error.errors()))]
         raise InputError(f"Recipe {name}: " + "; ".join(lines)) from None
     return _absolute(recipe, folder)
 
@@ -332,6 +306,20 @@ def _sentence(error: dict[str, Any]) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
     given = "" if isinstance(error["input"], dict | BaseModel) else f" (got {error['input']!r})"
     return f"`{field}`: {message}{given}" if field else message
+
+
+def _by_field(errors: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return one error for each field: what a value of several kinds might be is said in one sentence."""
+    merged: dict[str, dict[str, Any]] = {}
+    for each in errors:
+        field = ".".join(str(part) for part in _fields_of(each["loc"]))
+        earlier = merged.get(field)
+        if earlier is None or "extra_forbidden" in (each["type"], earlier["type"]):
+            merged[field if earlier is None else f"{field} {len(merged)}"] = dict(each)
+        else:
+            also = str(each["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+            earlier["msg"] = f"{earlier['msg']}, or {also}"
+    return list(merged.values())
 
 
 def _first_hand(errors: Sequence[Any]) -> list[Any]:

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from covercal.calibration import expert_of
 from covercal.decoder import Decoder, Site, batches, token_tensor
 from covercal.errors import ActivationError
+from covercal.experts import Expert
 
 BATCH_TOKENS = 1024  # keeps a batch's activations near the processor's caches; a GPU takes more at once
 GPU_BATCH_TOKENS = 16384
@@ -36,7 +39,9 @@ class ActivationStatistics:
     absolute_sum, square_sum
         float64 (channels of all sites,): sums of |x| and x**2 over all samples and tokens.
     tokens
-        Tokens that were counted in those sums.
+        Tokens that were counted.
+    site_tokens
+        int64 (sites,): tokens that each site read; an expert reads only those that are routed to it.
     """
 
     peak: npt.NDArray[np.float32]
@@ -47,6 +52,7 @@ class ActivationStatistics:
     absolute_sum: npt.NDArray[np.float64]
     square_sum: npt.NDArray[np.float64]
     tokens: int
+    site_tokens: npt.NDArray[np.int64]
 
 
 def measured_sites(decoder: Decoder, sites: str) -> tuple[Site, ...]:
@@ -97,11 +103,13 @@ def capture(
     absolute = np.zeros(width, dtype=np.float64)
     square = np.zeros(width, dtype=np.float64)
     tokens = 0
+    site_tokens = np.zeros(len(measured), dtype=np.int64)
     limit = BATCH_TOKENS if decoder.device.type == "cpu" else GPU_BATCH_TOKENS
     for members in batches(sequences, limit):
         batch = token_tensor([sequences[m] for m in members], decoder.device)
         counted = batch.shape[1] - skip_tokens
-        reduced = _reduce_batch(decoder, measured, batch, skip_tokens)
+        reduced, read = _reduce_batch(decoder, measured, batch, skip_tokens)
+        site_tokens += read
         peak[members], absolute_batch, square_batch, signed = (part.cpu().numpy() for part in reduced)
         _check_finite(square_batch, measured, ends, [names[m] for m in members])
         energy[members] = square_batch / counted
@@ -116,7 +124,7 @@ def capture(
         square += square_batch.sum(axis=0, dtype=np.float64)
         tokens += counted * len(members)
         advance(len(members))
-    return ActivationStatistics(peak, energy, variance, magnitude, sketch, absolute, square, tokens)
+    return ActivationStatistics(peak, energy, variance, magnitude, sketch, absolute, square, tokens, site_tokens)
 
 
 def _projected(sums: npt.NDArray[np.float32], block: int) -> npt.NDArray[np.float32]:
@@ -138,24 +146,52 @@ def column_norms(decoder: Decoder, sites: str = "linear_inputs") -> npt.NDArray[
     return np.concatenate(norms)
 
 
-def _reduce_batch(decoder: Decoder, sites: Sequence[Site], batch: Tensor, skip_tokens: int) -> tuple[Tensor, ...]:
-    """Return peak and sums of |x|, x**2 and x over the counted tokens, each float32 (samples, channels)."""
-    parts: dict[int, tuple[Tensor, ...]] = {}
+@dataclass(frozen=True, slots=True)
+class _Reduced:
+    """One site's inputs in a batch: peak and sums of |x|, x**2 and x, float32 (samples, channels); tokens read."""
+
+    peak: Tensor
+    absolute: Tensor
+    square: Tensor
+    signed: Tensor
+    tokens: int
+
+    @classmethod
+    def of_nothing(cls, samples: int, channels: int, device: torch.device) -> Self:
+        """Return what an expert gives that no token reached."""
+        nothing = torch.zeros((samples, channels), device=device)
+        return cls(nothing, nothing, nothing, nothing, 0)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Return the numbers of every sample and channel."""
+        return self.peak, self.absolute, self.square, self.signed
+
+
+def _reduce_batch(
+    decoder: Decoder, sites: Sequence[Site], batch: Tensor, skip_tokens: int
+) -> tuple[tuple[Tensor, ...], npt.NDArray[np.int64]]:
+    """Return peak and sums of |x|, x**2 and x, float32 (samples, channels of all sites), and each site's tokens."""
+    found: dict[int, _Reduced] = {}
     hooks = []
     for position, site in enumerate(sites):
-        hook = _reducer(parts, position, batch.shape, skip_tokens)
+        expert = expert_of(decoder.blocks[site.block], site)
+        hook = _reducer(found, position, batch.shape, skip_tokens, expert)
         hooks.append(decoder.linear(site, site.linears[0]).register_forward_pre_hook(hook))
     try:
         decoder.body(input_ids=batch, use_cache=False)
     finally:
         for each in hooks:
             each.remove()
-    columns = zip(*(parts[position] for position in range(len(sites))), strict=True)
-    return tuple(torch.cat(column, dim=1) for column in columns)
+    for position, site in enumerate(sites):
+        found.setdefault(position, _Reduced.of_nothing(len(batch), site.channels, batch.device))
+    ordered = [found[position] for position in range(len(sites))]
+    columns = zip(*(each.parts for each in ordered), strict=True)
+    return tuple(torch.cat(column, dim=1) for column in columns), np.array([each.tokens for each in ordered])
 
 
 def _reducer(
-    parts: dict[int, tuple[Tensor, ...]], position: int, shape: torch.Size, skip_tokens: int
+    found: dict[int, _Reduced], position: int, shape: torch.Size, skip_tokens: int, expert: Expert | None
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     samples, length = shape
 
@@ -164,9 +200,28 @@ def _reducer(
         magnitude = x.abs().float()
         peak, absolute, signed = magnitude.amax(dim=1), magnitude.sum(dim=1), x.sum(dim=1, dtype=torch.float32)
         square = magnitude.square_().sum(dim=1)  # in place: five times faster than a norm
-        parts[position] = peak, absolute, square, signed
+        found[position] = _Reduced(peak, absolute, square, signed, x.shape[0] * x.shape[1])
 
-    return reduce
+    def reduce_some(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if expert is not None and expert.tokens is not None:
+            found[position] = _reduced_rows(inputs[0], expert.tokens, samples, length, skip_tokens)
+
+    return reduce if expert is None else reduce_some
+
+
+def _reduced_rows(x: Tensor, rows: Tensor, samples: int, length: int, skip_tokens: int) -> _Reduced:
+    """Reduce the tokens that an expert reads, (tokens, channels); `rows` says where each stands in the batch."""
+    counted = rows % length >= skip_tokens
+    owner, kept = (rows // length)[counted], x[counted].float()
+    magnitude = kept.abs()
+    nothing = torch.zeros((samples, x.shape[1]), device=x.device)
+    return _Reduced(
+        nothing.index_reduce(0, owner, magnitude, "amax"),
+        nothing.index_add(0, owner, magnitude),
+        nothing.index_add(0, owner, magnitude.square()),
+        nothing.index_add(0, owner, kept),
+        len(kept),
+    )
 
 
 def _check_finite(

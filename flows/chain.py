@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from covercal.errors import InputError
-from covercal.quantizers.registry import METHODS
-from covercal.recipe import Quantization, Recipe
+from covercal.model_files import block_count
+from covercal.quantization_settings import Quantization
+from covercal.recipe import Recipe
 from covercal.selectors.registry import selector
 from flows.execution import Direct, Execution, Pending
 from storage.artifacts import ArtifactStore
@@ -14,6 +15,7 @@ from storage.tables import read_table
 from tasks.cached import ByDigest
 from tasks.capture import capture_shard, pool_shards
 from tasks.evaluate import evaluate_text, reference_text
+from tasks.gram import held_out_shards, sum_gram
 from tasks.identities import (
     ModelIdentity,
     TextIdentity,
@@ -27,7 +29,7 @@ from tasks.losses import sample_losses
 from tasks.measures import measure_set
 from tasks.model import import_model
 from tasks.pool import PerplexitySettings, make_pool, make_texts, text_settings
-from tasks.quantize import LINEARS, calibration, quantize_model
+from tasks.quantize import LINEARS, NO_POOL, PoolInputs, calibration, quantize_block, quantize_model
 from tasks.select import chosen_samples, order_samples, selection_inputs
 from tasks.thresholds import find_outliers, poor_sites
 
@@ -114,6 +116,7 @@ def run_chain(recipe: Recipe, inputs: Inputs, execution: Execution, *, until: st
     shards = execution.read("pool", pool_shards, pool, recipe.statistics.shard_samples)
     measured = Measured(
         pool,
+        shards,
         _statistics(recipe, execution, pool, shards, place),
         _losses(recipe, execution, pool, shards, place) if until != "outliers" else None,
     )
@@ -122,7 +125,7 @@ def run_chain(recipe: Recipe, inputs: Inputs, execution: Execution, *, until: st
         return Chain(imported, pool, measured.statistics, outliers, None, None, None, None, ())
     outliers, selection = _choice(recipe, execution, measured, ("outliers", "selection"), ())
     if recipe.outliers.adaptive:
-        first = _checkpoint(recipe, execution, pool, selection, place, inputs, "first try")
+        first = _checkpoint(recipe, execution, measured, selection, place, inputs, "first try")
         lowered = execution.read("first try", _poor_sites, outliers, first)
         outliers, selection = _choice(recipe, execution, measured, ("refined", "reselection"), lowered)
     measures = _measures(recipe, execution, measured, outliers, selection)
@@ -130,7 +133,7 @@ def run_chain(recipe: Recipe, inputs: Inputs, execution: Execution, *, until: st
         return Chain(imported, pool, measured.statistics, outliers, selection, measures, None, None, ())
     references = _references(recipe, execution, texts, place)
     nearest = _nearest(recipe, execution, place, inputs) if texts else None
-    checkpoint = _checkpoint(recipe, execution, pool, selection, place, inputs)
+    checkpoint = _checkpoint(recipe, execution, measured, selection, place, inputs)
     evaluated = _evaluations(recipe, inputs, execution, texts, references, (nearest, checkpoint), place)
     return Chain(imported, pool, measured.statistics, outliers, selection, measures, checkpoint, nearest, evaluated)
 
@@ -140,6 +143,7 @@ class Measured:
     """The pool and what was measured of it; in a plan some of it is pending."""
 
     pool: Any
+    shards: Any
     statistics: Any
     losses: Any
 
@@ -236,14 +240,11 @@ def _settings(recipe: Recipe, model: ModelIdentity) -> Quantization:
 
 
 def _nearest(recipe: Recipe, execution: Execution, place: dict[str, Any], inputs: Inputs) -> Any:
-    return execution.run(
-        "nearest",
-        quantize_model,
-        **place,
-        pool=None,
-        calibration=None,
-        quantization=without_calibration(_settings(recipe, inputs.model)),
-    )
+    plain = without_calibration(_settings(recipe, inputs.model))
+    return execution.run("nearest", quantize_model, **place, **UNCALIBRATED, quantization=plain)
+
+
+UNCALIBRATED = {"pool": None, "calibration": None, "cached_pool": NO_POOL, "blocks": ()}
 
 
 def without_calibration(settings: Quantization) -> Quantization:
@@ -255,19 +256,54 @@ def without_calibration(settings: Quantization) -> Quantization:
 def _checkpoint(
     recipe: Recipe,
     execution: Execution,
-    pool: Any,
+    measured: Measured,
     selection: Any,
     place: dict[str, Any],
     inputs: Inputs,
     label: str = "checkpoint",
 ) -> Any:
     settings = _settings(recipe, inputs.model)
-    if not METHODS[settings.method].calibrated:
-        plain = without_calibration(settings)
-        return execution.run(label, quantize_model, **place, pool=None, calibration=None, quantization=plain)
-    choosing = "selection" if label == "first try" else _choosing(recipe)
-    chosen = execution.read(choosing, _calibration, pool, selection, recipe.selection.budget)
-    return execution.run(label, quantize_model, **place, pool=pool, calibration=chosen, quantization=settings)
+    known = _pool_inputs(recipe, execution, measured, place)
+    common = {**place, "quantization": settings}
+    if settings.calibrated:
+        choosing = "selection" if label == "first try" else _choosing(recipe)
+        chosen = execution.read(choosing, _calibration, measured.pool, selection, recipe.selection.budget)
+        given = {"pool": measured.pool, "calibration": chosen, "cached_pool": known, "blocks": ()}
+        return execution.run(label, quantize_model, **common, **given)
+    if not settings.reads_pool_gram:
+        return execution.run(label, quantize_model, **common, **{**UNCALIBRATED, "cached_pool": known})
+    count = execution.read("model", _block_count, place["imported"], inputs.model)
+    if isinstance(count, Pending):
+        return execution.run(label, quantize_model, **common, **{**UNCALIBRATED, "blocks": count})
+    wanted = [{**common, "cached_pool": known, "index": index} for index in range(count)]
+    blocks = execution.map("blocks", quantize_block, wanted)
+    return execution.run(label, quantize_model, **common, **{**UNCALIBRATED, "blocks": blocks})
+
+
+def _pool_inputs(recipe: Recipe, execution: Execution, measured: Measured, place: dict[str, Any]) -> Any:
+    """Return what is cached of the pool that quantisation reads, made if it has to be; in a plan it may be pending."""
+    settings = recipe.quantization
+    gram = held_out = None
+    if settings.reads_pool_gram:
+        if isinstance(measured.shards, Pending):
+            return execution.run("gram", sum_gram, shards=measured.shards)
+        common = {
+            **place,
+            "pool": measured.pool,
+            "weight": settings.gram.weight,
+            "spread": settings.shrinkage.strength == "ledoit_wolf",
+        }
+        gram = execution.run("gram", sum_gram, **common, shards=measured.shards)
+        apart = held_out_shards(measured.shards) if settings.validates else ()
+        held_out = execution.run("held-out gram", sum_gram, **common, shards=apart) if apart else None
+    statistics = measured.statistics if settings.reads_statistics else ()
+    if isinstance(statistics, Pending):
+        return statistics
+    return PoolInputs(gram, held_out, statistics)
+
+
+def _block_count(store: ArtifactStore, imported: Ref | None, model: ModelIdentity) -> int:
+    return block_count(model_folder(store, model, imported))
 
 
 def _calibration(store: ArtifactStore, pool: Ref, selection: Ref, budget: int) -> Any:
@@ -326,16 +362,19 @@ def check_inputs(recipe: Recipe, inputs: Inputs, folder: Any) -> None:
     Raises
     ------
     InputError
-        When the blocks cannot be found, hold what cannot be quantised, or the group size does not divide an input.
+        When the blocks cannot be found, hold what cannot be quantised, the group size does not divide an input, or no
+        format holds the result.
     """
-    from covercal.decoder import describe_linears, pick_device
+    from covercal.checkpoint import check_format
+    from covercal.decoder import describe_decoder, pick_device
     from covercal.errors import QuantizationError
     from covercal.quantization import check_group_size
 
     pick_device(recipe.device)
     trusted = inputs.model.trust_remote_code and not inputs.model.gguf
-    linears = describe_linears(folder, trust_remote_code=trusted)
+    decoder = describe_decoder(folder, trust_remote_code=trusted)
     try:
-        check_group_size(linears, recipe.quantization.group_size)
+        check_group_size(decoder.linear_shapes, recipe.quantization.group_size)
+        check_format(recipe.quantization, decoder.model)
     except QuantizationError as cause:
         raise InputError(str(cause)) from cause

@@ -18,7 +18,7 @@ from tasks.pool import sample_columns, sample_tokens
 
 if TYPE_CHECKING:
     from covercal.decoder import Site
-    from covercal.recipe import Dtype
+    from covercal.quantization_settings import Dtype
 
 CHANNELS = "channels.parquet"
 PEAK = "peak.zarr"
@@ -99,7 +99,7 @@ def capture_shard(
     columns |= {
         "absolute_sum": pa.array(found.absolute_sum),
         "square_sum": pa.array(found.square_sum),
-        "tokens": pa.array(np.full(width, found.tokens, dtype=np.int64)),
+        "tokens": pa.array(np.repeat(found.site_tokens, [site.channels for site in measured])),
         "peak": pa.array(found.peak.max(axis=0)),
         "column_norm": pa.array(column_norms(decoder, sites)),
     }

@@ -18,7 +18,7 @@ from tasks.pool import sample_columns, sample_tokens
 
 if TYPE_CHECKING:
     from covercal.evaluation import SequenceScores
-    from covercal.recipe import Dtype
+    from covercal.quantization_settings import Dtype
 
 LOSSES = "losses.zarr"
 HIDDEN = "hidden.zarr"

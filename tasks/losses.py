@@ -13,7 +13,7 @@ from tasks.model import original_decoder
 from tasks.pool import sample_tokens
 
 if TYPE_CHECKING:
-    from covercal.recipe import Dtype
+    from covercal.quantization_settings import Dtype
 
 LOSSES = "losses.parquet"
 

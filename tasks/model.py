@@ -12,9 +12,9 @@ from tasks.identities import ModelIdentity, model_folder
 
 if TYPE_CHECKING:
     from covercal.decoder import Decoder
-    from covercal.recipe import Dtype
+    from covercal.quantization_settings import Dtype
 
-_loaded: dict[tuple[str, str, str], "Decoder"] = {}
+_loaded: dict[tuple[str, str, str, bool], "Decoder"] = {}
 _loading = threading.Lock()
 
 
@@ -61,16 +61,31 @@ def original_decoder(
     store: ArtifactStore, model: ModelIdentity, imported: Ref | None, dtype: "Dtype", device: str
 ) -> "Decoder":
     """Return the original model, loaded at most once per process; callers must not change it."""
+    return _shared_decoder(store, model, imported, dtype, device, streamed=False)
+
+
+def streamed_decoder(
+    store: ArtifactStore, model: ModelIdentity, imported: Ref | None, dtype: "Dtype", device: str
+) -> "Decoder":
+    """Return the original model, its blocks' weights read only when they are asked for; callers must not change it."""
+    return _shared_decoder(store, model, imported, dtype, device, streamed=True)
+
+
+def _shared_decoder(
+    store: ArtifactStore, model: ModelIdentity, imported: Ref | None, dtype: "Dtype", device: str, *, streamed: bool
+) -> "Decoder":
     from covercal.decoder import load_decoder, pick_device
 
     quiet_transformers()
     where = pick_device(device)
-    key = (model.weights, dtype, str(where))
+    key = (model.weights, dtype, str(where), streamed)
     with _loading:
         if key not in _loaded:
-            _loaded.clear()
+            for other in [each for each in _loaded if each[3] == streamed or not each[3]]:
+                del _loaded[other]  # at most one model is held whole
             folder = model_folder(store, model, imported)
-            _loaded[key] = load_decoder(folder, dtype, where, trust_remote_code=trusts(model, imported))
+            trusted = trusts(model, imported)
+            _loaded[key] = load_decoder(folder, dtype, where, trust_remote_code=trusted, streamed=streamed)
         return _loaded[key]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,26 +14,34 @@ import pyarrow as pa
 
 import covercal
 from covercal.pool import sequences_digest
-from covercal.recipe import Quantization
+from covercal.quantization_settings import Quantization
 from storage.artifacts import CONTINUED, ArtifactStore
 from storage.durable import share_file
 from storage.manifest import Ref, library_versions
 from storage.tables import write_table
 from storage.work import WorkFolder
 from tasks.cached import Build, cached
+from tasks.gram import CachedPool
 from tasks.identities import ModelIdentity
-from tasks.model import load_tokenizer, original_decoder
+from tasks.memory import activation_memory
+from tasks.model import load_tokenizer, streamed_decoder
 from tasks.pool import sample_columns, sample_tokens
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from covercal.checkpoint import CheckpointWriter
     from covercal.decoder import Decoder
-    from covercal.quantization import LinearReport, Resumed
-    from covercal.recipe import Dtype
+    from covercal.hidden_states import HiddenStates
+    from covercal.quantization import LinearReport, QuantizedBlock, Resumed
+    from covercal.quantization_settings import Dtype
 
 LINEARS = "linears.parquet"
 REPORTS = "reports.json"
-LEAVING = "leaving.safetensors"
+LEAVING = "leaving"
+HIDDEN = "hidden"
+SCALE_BITS = 16
+MAYBE_MISSING = ("output_error", "shrinkage", "gamma", "alpha", "scaling")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +71,56 @@ def calibration(store: ArtifactStore, pool: Ref, chosen: list[int]) -> Calibrati
     return Calibration(samples, sequences_digest(digests[s] for s in samples))
 
 
+@dataclass(frozen=True, slots=True)
+class PoolInputs:
+    """What is cached of a pool that quantisation reads; nothing where it reads nothing of the kind.
+
+    Attributes
+    ----------
+    gram, held_out
+        Gram matrices over all shards, and over those that validate.
+    statistics
+        The statistics of every shard.
+    """
+
+    gram: Ref | None = None
+    held_out: Ref | None = None
+    statistics: tuple[Ref, ...] = ()
+
+
+NO_POOL = PoolInputs()
+
+
+@cached("block", version=1, ignored=("imported", "device"), names={"dtype": "model.dtype"})
+def quantize_block(
+    build: Build,
+    *,
+    model: ModelIdentity,
+    imported: Ref | None,
+    cached_pool: PoolInputs,
+    index: int,
+    quantization: Quantization,
+    dtype: "Dtype",
+    device: str,
+) -> dict[str, Any]:
+    """Quantise one block from the pool's Gram matrices alone: nothing depends on the blocks before it.
+
+    Loads the weights of this block and the Gram matrix of one site at a time.
+    """
+    from covercal.checkpoint import CheckpointWriter
+    from covercal.quantization import quantize_one_block
+
+    decoder = streamed_decoder(build.store, model, imported, dtype, device)
+    storage_dtype: Any = quantization.storage_dtype
+    pool = _cached_pool(build.store, cached_pool, quantization, decoder)
+    block = quantize_one_block(decoder, index, quantization, storage_dtype, pool)
+    _write_part(build.folder, CheckpointWriter(decoder, quantization, storage_dtype), block)
+    return {"linears": len(block.linears)}
+
+
 @cached(
     "checkpoint",
-    version=2,
+    version=3,
     ignored=("imported", "pool", "device"),
     names={"dtype": "model.dtype"},
 )
@@ -75,17 +131,19 @@ def quantize_model(
     imported: Ref | None,
     pool: Ref | None,
     calibration: Calibration | None,
+    cached_pool: PoolInputs,
+    blocks: tuple[Ref, ...],
     quantization: Quantization,
     dtype: "Dtype",
     device: str,
 ) -> dict[str, Any]:
     """Quantise block by block and write the checkpoint, its tokenizer and the report of its linears.
 
-    `quantization.storage_dtype` is a dtype, not `auto`.
+    `quantization.storage_dtype` is a dtype, not `auto`. Blocks that were quantised by themselves are put together.
     """
     from covercal.checkpoint import CheckpointWriter, checkpoint_bytes
 
-    decoder = original_decoder(build.store, model, imported, dtype, device)
+    decoder = streamed_decoder(build.store, model, imported, dtype, device)
     storage_dtype: Any = quantization.storage_dtype
     sequences, chosen = [], []
     if pool is not None and calibration is not None:
@@ -97,7 +155,11 @@ def quantize_model(
         checkpoint_bytes(decoder, quantization, storage_dtype) + 2 * _hidden_bytes(decoder, sequences),
         f"The checkpoint of {model.name}, with the activations kept to resume from,",
     )
-    reports, resumed = _quantize_blocks(build, writer, sequences)
+    if blocks:
+        reports, resumed = _assemble(build, writer, blocks), 0
+    else:
+        known = _cached_pool(build.store, cached_pool, quantization, decoder)
+        reports, resumed = _quantize_blocks(build, writer, sequences, known)
     record = {
         "covercal": covercal.__version__,
         "model": {"name": model.name, "weights_sha256": model.weights, "dtype": dtype},
@@ -108,14 +170,46 @@ def quantize_model(
     writer.finish(build.folder, [r.name for r in reports], record)
     load_tokenizer(build.store, model, imported).save_pretrained(build.folder)
     _write_linears(build, reports)
-    parameters = sum(p.numel() for p in decoder.model.parameters())
+    quantized = sum(r.outputs * r.inputs for r in reports)
     return {
         "linear_seconds": {r.name: round(r.seconds, 4) for r in reports},
         "grown_damping": [r.name for r in reports if r.attempts > 1],
-        "parameters": parameters,
-        "quantized_parameters": sum(r.outputs * r.inputs for r in reports),
+        "notes": {r.name: r.note for r in reports if r.note},
+        "parameters": sum(p.numel() for p in decoder.model.parameters()),
+        "quantized_parameters": quantized,
+        "average_bits": average_bits(quantization, {r.name: (r.outputs, r.inputs) for r in reports}),
+        "format": writer.format,
+        "why_dense": writer.why_dense,
         **({CONTINUED: _where(resumed, len(decoder.blocks))} if resumed else {}),
     }
+
+
+def average_bits(quantization: Quantization, shapes: dict[str, tuple[int, int]]) -> float:
+    """Return the bits of a quantised weight on average, with scales and zero points, as its method would store it."""
+    from covercal.quantizers import salient
+
+    salient_share = quantization.salient.share
+    zero = 0 if quantization.symmetric else quantization.bits
+    group_bits = SCALE_BITS + zero + (2 * SCALE_BITS if salient_share else 0)
+    bits = weights = 0.0
+    for outputs, inputs in shapes.values():
+        each = salient.average_bits(
+            quantization.bits,
+            quantization.group_size or inputs,
+            share=salient_share,
+            salient_bits=quantization.salient.bits,
+            group_bits=group_bits,
+        )
+        bits, weights = bits + each * outputs * inputs, weights + outputs * inputs
+    return round(bits / weights, 4)
+
+
+def _cached_pool(
+    store: ArtifactStore, given: PoolInputs, quantization: Quantization, decoder: "Decoder"
+) -> CachedPool | None:
+    if given == NO_POOL:
+        return None
+    return CachedPool(store, given.gram, given.held_out, given.statistics, quantization, decoder.device)
 
 
 def _where(finished: int, blocks: int) -> str:
@@ -127,15 +221,30 @@ def _hidden_bytes(decoder: "Decoder", sequences: Sequence[npt.NDArray[np.int32]]
     return tokens * decoder.sites[0].channels * int(decoder.model.dtype.itemsize)
 
 
+def _write_part(folder: Path, writer: "CheckpointWriter", block: "QuantizedBlock") -> None:
+    """Write the shard of a block and the reports of its linears."""
+    writer.write_block(block, folder)
+    rows = [asdict(report) for report in block.reports]
+    (folder / REPORTS).write_text(json.dumps(rows), encoding="utf-8")
+
+
+def _assemble(build: Build, writer: "CheckpointWriter", blocks: Sequence[Ref]) -> "list[LinearReport]":
+    """Put the shards of blocks that were quantised by themselves into the artifact; returns the reports of all."""
+    reports = []
+    for index, ref in enumerate(blocks):
+        folder = build.store.path(ref)
+        reports += _reports(folder)
+        share_file(folder / writer.shard_name(index), build.folder / writer.shard_name(index))
+    return reports
+
+
 def _quantize_blocks(
-    build: Build, writer: "CheckpointWriter", sequences: Sequence[npt.NDArray[np.int32]]
+    build: Build, writer: "CheckpointWriter", sequences: Sequence[npt.NDArray[np.int32]], pool: CachedPool | None
 ) -> "tuple[list[LinearReport], int]":
     """Quantise every block that an earlier build has not finished, and put all shards into the artifact.
 
     Returns the reports of all linears and the first block that was quantised here.
     """
-    from safetensors.torch import save_file
-
     from covercal.quantization import quantize_blocks
 
     decoder = writer.decoder
@@ -144,14 +253,13 @@ def _quantize_blocks(
     first, resumed = _finished_blocks(work, writer)
     advance = build.progress(count, "blocks")
     advance(first)
-    for block in quantize_blocks(decoder, sequences, writer.settings, writer.storage_dtype, resumed):
+    memory = activation_memory(build.work)
+    for block in quantize_blocks(decoder, sequences, writer.settings, writer.storage_dtype, resumed, pool, memory):
         with work.part(_part(block.index)) as folder:
-            writer.write_block(block, folder)
-            rows = [asdict(report) for report in block.reports]
-            (folder / REPORTS).write_text(json.dumps(rows), encoding="utf-8")
-            save_file({str(i): hidden.cpu().contiguous() for i, hidden in enumerate(block.leaving)}, folder / LEAVING)
+            _write_part(folder, writer, block)
+            _write_leaving(folder, block.leaving)
         if block.index:  # only the newest are needed, and they are large
-            (build.work / _part(block.index - 1) / LEAVING).unlink(missing_ok=True)
+            shutil.rmtree(build.work / _part(block.index - 1) / LEAVING, ignore_errors=True)
         advance(1)
     reports = []
     for index in range(count):
@@ -161,20 +269,61 @@ def _quantize_blocks(
     return reports, first
 
 
+def _write_leaving(folder: Path, leaving: "Sequence[HiddenStates]") -> None:
+    """Write what leaves a block, a file for each batch of each stream."""
+    from safetensors.torch import save_file
+
+    (folder / LEAVING).mkdir()
+    for stream, hidden in enumerate(leaving):
+        for number in range(len(hidden)):
+            save_file(
+                {HIDDEN: hidden[number].cpu().contiguous()}, folder / LEAVING / f"{stream}-{number:06d}.safetensors"
+            )
+
+
 def _finished_blocks(work: WorkFolder, writer: "CheckpointWriter") -> "tuple[int, Resumed | None]":
     """Return how many blocks an earlier build has finished, and what enters the next one."""
-    from safetensors.torch import load_file
-
     from covercal.quantization import Resumed
 
     finished = 0
     while work.whole(_part(finished), [writer.shard_name(finished), REPORTS]) is not None:
         finished += 1
-    last = work.whole(_part(finished - 1), [LEAVING]) if finished else None
-    if last is None:
-        return 0, None
-    leaving = load_file(last / LEAVING, device=str(writer.decoder.device))
-    return finished, Resumed(finished, tuple(leaving[str(i)] for i in range(len(leaving))))
+    if finished == len(writer.decoder.blocks):
+        return finished, Resumed(finished, ())
+    for index in range(finished, 0, -1):
+        entering = _entering(work, _part(index - 1), str(writer.decoder.device))
+        if entering is not None:
+            return index, Resumed(index, entering)
+    return 0, None
+
+
+def _entering(work: WorkFolder, part: str, device: str) -> "tuple[Sequence[Tensor], ...] | None":
+    """Return what left a block, stream by stream, read when it is asked for; None when it is not all there."""
+    folder = work.whole(part, [REPORTS])
+    if folder is None or not (folder / LEAVING).is_dir():
+        return None
+    names = sorted(path.name for path in (folder / LEAVING).iterdir())
+    if work.whole(part, [f"{LEAVING}/{name}" for name in names]) is None:
+        return None
+    streams: dict[str, list[Path]] = {}
+    for name in names:
+        streams.setdefault(name.partition("-")[0], []).append(folder / LEAVING / name)
+    return tuple(KeptHidden(streams[stream], device) for stream in sorted(streams))
+
+
+class KeptHidden(Sequence[Any]):
+    """Hidden states in files, one for each batch, read one at a time."""
+
+    def __init__(self, paths: Sequence[Path], device: str) -> None:
+        self._paths, self._device = tuple(paths), device
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        from safetensors.torch import load_file
+
+        return load_file(self._paths[index], device=self._device)[HIDDEN]
 
 
 def _part(index: int) -> str:
@@ -204,7 +353,7 @@ def _write_linears(build: Build, reports: "list[LinearReport]") -> None:
     """Write the reports without times, which differ from run to run and stand in the manifest."""
     rows = [{name: value for name, value in asdict(r).items() if name != "seconds"} for r in reports]
     for row in rows:
-        row["output_error"] = None if math.isnan(row["output_error"]) else row["output_error"]
+        row.update({name: None for name in MAYBE_MISSING if math.isnan(row[name])})
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    types = {"output_error": pa.float64()}
+    types = {name: pa.float64() for name in MAYBE_MISSING}
     write_table(build.folder / LINEARS, {name: pa.array(values, types.get(name)) for name, values in columns.items()})

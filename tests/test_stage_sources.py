@@ -48,8 +48,8 @@ def test_every_step_of_the_tasks_is_found_in_their_source(ours: dict[str, Stage]
         ("statistics", "covercal.statistics._reducer"),
         ("statistics", "storage.arrays.CHUNK_COLUMNS"),
         ("selection", "covercal.coverage.greedy_cover"),  # through the registry of selectors
-        ("checkpoint", "covercal.quantizers.gptq.round_columns"),  # through the registry of methods
-        ("checkpoint", "covercal.quantizers.rtn.round_to_nearest"),
+        ("checkpoint", "covercal.quantizers.sequential.round_sequentially"),  # through the registry of methods
+        ("checkpoint", "covercal.quantizers.levels.Levels"),
         ("checkpoint", "covercal.__version__"),
         ("texts", "covercal.recipe.TextSource"),  # through the fields of an input
         ("evaluation", "covercal.evaluation.kl_divergence"),

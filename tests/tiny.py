@@ -50,6 +50,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
     },
 }
+EXPERTS = 4
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": _SHAPE | {"num_local_experts": EXPERTS, "num_experts_per_tok": 2},
+    "qwen3_moe": _SHAPE
+    | {
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": INNER,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+}
 DOMAINS = {
     "animals": "cat dog horse sheep mouse bird fish runs sleeps eats sees chases the a quick lazy small",
     "numbers": "one two three four five six seven plus minus times equals sum is not more than less",
@@ -60,11 +72,11 @@ DOMAINS = {
 def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
     """Return a random model; weights are large enough that the blocks matter, and a few input channels stand out."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
+    config = AutoConfig.for_model(architecture, **(ARCHITECTURES | MIXTURES)[architecture])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.normal_(0, 0.3)
     return model.eval()
 

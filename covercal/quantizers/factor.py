@@ -1,4 +1,4 @@
-"""The factorisation that sequential rounding works with, and what is done to a Gram matrix before it."""
+"""The factorisation that sequential rounding works with."""
 
 from dataclasses import dataclass
 
@@ -40,16 +40,18 @@ class Factor:
     attempts: int
     dead: int
 
+    def solve(self, matrix: Tensor) -> Tensor:
+        """Return matrix @ H^-1, (rows, columns), columns in their natural order."""
+        upper = self.feedback * self.diagonal
+        turned = matrix[:, self.order].T
+        half = torch.linalg.solve_triangular(upper, turned, upper=True)
+        found = torch.empty_like(matrix)
+        found[:, self.order] = torch.linalg.solve_triangular(upper.T, half, upper=False).T
+        return found
 
-def shrunk(gram: Tensor, share: float) -> Tensor:
-    """Return (1 - share) H + share diag(H): few calibration tokens know the diagonal far better than the rest."""
-    smaller = (1.0 - share) * gram
-    smaller.diagonal().copy_(gram.diagonal())
-    return smaller
 
-
-def factorize(gram: Tensor, damping: float, *, activation_order: bool) -> Factor:
-    """Return the factor of H + damping * mean(diag H) I.
+def factorize(gram: Tensor, damping: float, *, activation_order: bool, weights: Tensor | None = None) -> Factor:
+    """Return the factor of H + damping * mean(diag H) * diag(weights).
 
     Parameters
     ----------
@@ -59,7 +61,9 @@ def factorize(gram: Tensor, damping: float, *, activation_order: bool) -> Factor
     damping
         It grows tenfold until the factorisation succeeds.
     activation_order
-        Whether columns are rounded in the order of falling diagonal (the lowest index first among equals).
+        Whether columns are rounded in the order of falling diagonal of H (the lowest index first among equals).
+    weights
+        (columns,), 1 on average; without them all channels are damped alike.
 
     Raises
     ------
@@ -73,25 +77,31 @@ def factorize(gram: Tensor, damping: float, *, activation_order: bool) -> Factor
     """
     if not torch.isfinite(gram).all():
         raise QuantizationError("its Gram matrix holds NaN or infinity")
-    diagonal = gram.diagonal().clone()
-    dead = diagonal <= 0
-    mean = diagonal[~dead].mean() if not dead.all() else torch.ones_like(diagonal[0])
-    diagonal[dead] = mean
-    columns = torch.arange(len(diagonal), device=gram.device)
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True) if activation_order else columns
+    diagonal, dead = live_diagonal(gram)
+    mean = diagonal.mean()
+    steps = torch.arange(len(diagonal), device=gram.device)
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True) if activation_order else steps
     backwards = order.flip(0)
     attempts = 0
     while True:
         attempts += 1
+        added = damping * mean if weights is None else damping * mean * weights
         damped = gram[backwards][:, backwards]
-        damped.diagonal().copy_(diagonal[backwards] + damping * diagonal.mean())
-        lower, failed = torch.linalg.cholesky_ex(
-            damped, out=(damped, torch.empty((), dtype=torch.int32).to(gram.device))
-        )
+        damped.diagonal().copy_((diagonal + added)[backwards])
+        failed = torch.empty((), dtype=torch.int32, device=gram.device)
+        lower, failed = torch.linalg.cholesky_ex(damped, out=(damped, failed))  # in place
         if not failed:
             upper = lower.flip(0, 1)
-            steps = upper.diagonal().clone()
-            return Factor(upper.div_(steps), steps, order, damping, attempts, int(dead.sum()))
+            roots = upper.diagonal().clone()
+            return Factor(upper.div_(roots), roots, order, damping, attempts, int(dead.sum()))
         if damping >= DAMPING_LIMIT:
             raise QuantizationError(f"its Gram matrix cannot be factorised, not even with damping {damping:g}")
         damping = max(damping * DAMPING_GROWTH, DAMPING_START)
+
+
+def live_diagonal(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the diagonal with the mean of the others (or 1) where no token used a channel, and where that is."""
+    diagonal = gram.diagonal().clone()
+    dead = diagonal <= 0
+    diagonal[dead] = diagonal[~dead].mean() if not dead.all() else 1.0
+    return diagonal, dead

@@ -1,6 +1,7 @@
 """Uniform integer grids: scale and zero point per group of columns, rounding to codes, and back."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ class GridSettings:
     symmetric: bool
     scale_dtype: torch.dtype
 
+    @property
+    def top(self) -> int:
+        """Return the largest code."""
+        return int(2**self.bits - 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:
@@ -53,6 +59,10 @@ class Grid:
         repeat = columns // self.scale.shape[1]
         return self.scale.repeat_interleave(repeat, dim=1), self.zero.repeat_interleave(repeat, dim=1)
 
+    def rows(self, rows: slice) -> "Grid":
+        """Return the grid of some rows."""
+        return replace(self, scale=self.scale[rows], zero=self.zero[rows])
+
 
 def min_max_grid(weight: Tensor, settings: GridSettings) -> Grid:
     """Return the grid that spans each group from its smallest to its largest weight, zero included.
@@ -69,21 +79,64 @@ def min_max_grid(weight: Tensor, settings: GridSettings) -> Grid:
     QuantizationError
         When the group size does not divide the columns, a weight is not finite, or a scale overflows its dtype.
     """
-    rows, columns = weight.shape
-    size = settings.group_size or columns
-    if columns % size:
-        raise QuantizationError(f"a group size of {size} does not divide {columns} input channels")
-    if not torch.isfinite(weight).all():
-        raise QuantizationError("its weight holds NaN or infinity")
-    groups = weight.reshape(rows, columns // size, size)
+    groups = grouped(weight, settings.group_size)
+    return _spanning(groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0), settings)
+
+
+GroupError = Callable[[Tensor], Tensor]
+
+
+def searched_grid(weight: Tensor, settings: GridSettings, factors: list[float], error: GroupError) -> Grid:
+    """Return the grid whose ends are the smallest and largest weight of each group times the best of some factors.
+
+    Parameters
+    ----------
+    weight
+        float64 (rows, columns).
+    factors
+        1 and less, the ones to prefer first: a later one has to be better.
+    error
+        Maps differences of weights, (rows, groups, group size), to what they cost, (rows, groups).
+
+    Raises
+    ------
+    QuantizationError
+        As `min_max_grid`.
+    """
+    groups = grouped(weight, settings.group_size)
     low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
-    levels = 2**settings.bits - 1
-    if settings.symmetric:
-        high = torch.maximum(high, -low)
-        low = -high
-    scale = _representable((high - low) / levels, settings.scale_dtype)
-    zero = torch.full_like(scale, 2 ** (settings.bits - 1)) if settings.symmetric else torch.round(-low / scale)
-    return Grid(scale, zero.clamp(0, levels), settings)
+    best, least = _spanning(low, high, settings), torch.full_like(low, torch.inf)
+    for factor in factors:
+        tried = _spanning(low * factor, high * factor, settings)
+        scale, zero = tried.scale[..., None], tried.zero[..., None]
+        cost = error(dequantize(quantize(groups, scale, zero, settings.bits), scale, zero).sub_(groups))
+        better = cost < least
+        least = torch.where(better, cost, least)
+        best = Grid(torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero, best.zero), settings)
+    return best
+
+
+def squared_error(differences: Tensor) -> Tensor:
+    """Return the sum of squares over each group."""
+    return differences.square().sum(dim=2)
+
+
+def weighted_error(energy: Tensor, group_size: int | None) -> GroupError:
+    """Return the error of a group's output when its inputs, of mean squares `energy` (columns,), are uncorrelated."""
+    by_group = energy.reshape(-1, group_size or energy.numel())
+    return lambda differences: (differences.square() * by_group).sum(dim=2)
+
+
+def output_error(gram: Tensor, group_size: int | None) -> GroupError:
+    """Return the error of a group's output on the inputs of a Gram matrix (columns, columns), AWQ's clipping loss."""
+    size = group_size or gram.shape[0]
+    blocks = torch.stack([gram[start : start + size, start : start + size] for start in range(0, gram.shape[0], size)])
+
+    def error(differences: Tensor) -> Tensor:
+        turned = differences.transpose(0, 1)
+        return (torch.bmm(turned, blocks) * turned).sum(dim=2).T
+
+    return error
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -96,10 +149,42 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (codes - zero) * scale
 
 
-def _representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return scales rounded to `dtype`; an all-zero group gets 1, and none rounds down to zero."""
+def grouped(weight: Tensor, group_size: int | None) -> Tensor:
+    """Return a weight as (rows, groups, group size).
+
+    Raises
+    ------
+    QuantizationError
+        When the group size does not divide the columns, or a weight is not finite.
+    """
+    rows, columns = weight.shape
+    size = group_size or columns
+    if columns % size:
+        raise QuantizationError(f"a group size of {size} does not divide {columns} input channels")
+    if not torch.isfinite(weight).all():
+        raise QuantizationError("its weight holds NaN or infinity")
+    return weight.reshape(rows, columns // size, size)
+
+
+def representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return scales rounded to `dtype`; an all-zero group gets 1, and none rounds down to zero.
+
+    Raises
+    ------
+    QuantizationError
+        When a scale overflows.
+    """
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    rounded = scale.to(dtype).double().clamp(min=torch.finfo(dtype).tiny)
+    rounded = scale.to(dtype).to(scale.dtype).clamp(min=torch.finfo(dtype).tiny)
     if torch.isinf(rounded).any():
         raise QuantizationError(f"a scale overflows {dtype}; use quantization.storage_dtype: bfloat16")
     return rounded
+
+
+def _spanning(low: Tensor, high: Tensor, settings: GridSettings) -> Grid:
+    if settings.symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    scale = representable((high - low) / settings.top, settings.scale_dtype)
+    zero = torch.full_like(scale, 2 ** (settings.bits - 1)) if settings.symmetric else torch.round(-low / scale)
+    return Grid(scale, zero.clamp(0, settings.top), settings)

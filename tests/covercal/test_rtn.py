@@ -5,10 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from covercal.quantization_settings import Quantization
 from covercal.quantizers.grid import Grid, GridSettings, min_max_grid
-from covercal.quantizers.registry import METHODS
-from covercal.quantizers.rounding import RoundingSettings, rounder
-from covercal.quantizers.rtn import round_to_nearest
+from tests.covercal.rounding import RoundingSettings, round_to_nearest
 
 
 def weight_and_grid(bits: int, group_size: int | None, symmetric: bool, seed: int = 0) -> tuple[Tensor, Grid]:
@@ -27,28 +26,5 @@ def test_every_code_is_the_nearest_of_all_codes(bits: int, group_size: int | Non
     np.testing.assert_array_equal(codes.numpy(), distance.argmin(axis=2))
 
 
-def test_the_gram_matrix_has_no_effect() -> None:
-    weight, grid = weight_and_grid(3, 16, False)
-    gram = torch.diag(torch.arange(1.0, 49.0, dtype=torch.float64))
-    with_gram = round_to_nearest(weight, gram, grid, RoundingSettings())
-    assert torch.equal(with_gram.codes, round_to_nearest(weight, None, grid, RoundingSettings()).codes)
-
-
-def test_the_settings_have_no_effect() -> None:
-    weight, grid = weight_and_grid(3, 16, False)
-    other = round_to_nearest(weight, None, grid, RoundingSettings(damping=5.0, activation_order=False))
-    assert torch.equal(other.codes, round_to_nearest(weight, None, grid, RoundingSettings()).codes)
-
-
-def test_nothing_is_reported_as_damped_or_dead() -> None:
-    weight, grid = weight_and_grid(3, 16, False)
-    found = round_to_nearest(weight, None, grid, RoundingSettings())
-    assert (found.damping, found.attempts, found.dead) == (0.0, 0, 0)
-
-
-def test_the_name_rtn_gives_round_to_nearest() -> None:
-    assert rounder("rtn") is round_to_nearest
-
-
 def test_round_to_nearest_asks_for_no_calibration() -> None:
-    assert not METHODS["rtn"].calibrated
+    assert not Quantization(method="rtn").calibrated

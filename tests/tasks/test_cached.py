@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 import tasks
-from covercal.recipe import Quantization, Recipe
+from covercal.quantization_settings import Quantization
+from covercal.recipe import Outliers, Recipe
 from storage.artifacts import ArtifactStore
 from storage.errors import RemoteSettingsError
 from storage.keys import canonical_json
@@ -111,8 +112,12 @@ def test_a_data_class_stands_for_its_fields() -> None:
 
 
 def test_a_section_of_the_recipe_stands_for_all_its_fields() -> None:
-    assert key_material(Quantization()) == Quantization().model_dump(mode="json")
-    assert set(key_material(Quantization())) == set(Quantization.model_fields)
+    assert key_material(Outliers()) == Outliers().model_dump(mode="json")
+    assert set(key_material(Outliers())) == set(Outliers.model_fields)
+
+
+def test_a_section_with_key_material_of_its_own_stands_for_that() -> None:
+    assert key_material(Quantization()) == Quantization().key_material()
 
 
 _json = st.recursive(

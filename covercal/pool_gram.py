@@ -1,0 +1,180 @@
+"""The pool's own Gram matrices at full precision: one pass of the original model, block by block."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from covercal.calibration import Memory, Tokens, advance, block_sums, start_calibration
+from covercal.decoder import Decoder, Site
+from covercal.gram import SiteStatistics, Wanted
+from covercal.hidden_states import HiddenStates, aligned
+from covercal.quantization_settings import Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSite:
+    """What is kept of one site's inputs over a pool.
+
+    Attributes
+    ----------
+    gram
+        float32 (channels * (channels + 1) / 2,): the upper triangle, row by row, of the weighted mean over tokens of
+        x x^T.
+    magnitude, peak
+        float64 (channels,): weighted mean, and largest, |x|.
+    weight
+        Sum of the tokens' weights.
+    mean_square
+        As in `SiteStatistics`.
+    sequences, tokens
+        What went into it.
+    """
+
+    gram: npt.NDArray[np.float32]
+    magnitude: npt.NDArray[np.float64]
+    peak: npt.NDArray[np.float64]
+    weight: float
+    mean_square: float
+    sequences: int
+    tokens: int
+
+
+def upper_triangle(matrix: Tensor) -> npt.NDArray[np.float32]:
+    """Return the upper triangle of a symmetric matrix row by row, float32."""
+    rows, columns = torch.triu_indices(*matrix.shape, device=matrix.device)
+    return matrix[rows, columns].float().cpu().numpy()
+
+
+def symmetric(triangle: npt.NDArray[np.float32], channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the matrix (channels, channels) of an upper triangle."""
+    rows, columns = torch.triu_indices(channels, channels, device=device)
+    matrix = torch.empty((channels, channels), dtype=dtype, device=device)
+    values = torch.from_numpy(np.array(triangle)).to(device, dtype)  # a copy: what was read is not writable
+    matrix[rows, columns] = values
+    matrix[columns, rows] = values
+    return matrix
+
+
+def merged(kept: PoolSite, added: PoolSite) -> PoolSite:
+    """Return the site over both sets of sequences; rounded to float32 again, so that the order of merging matters."""
+    whole = kept.weight + added.weight
+    share = added.weight / whole if whole else 0.0
+    gram = (1.0 - share) * kept.gram.astype(np.float64) + share * added.gram
+    squares = kept.sequences * kept.mean_square + added.sequences * added.mean_square
+    sequences = kept.sequences + added.sequences
+    return PoolSite(
+        gram.astype(np.float32),
+        (1.0 - share) * kept.magnitude + share * added.magnitude,
+        np.maximum(kept.peak, added.peak),
+        whole,
+        squares / sequences if sequences else 0.0,
+        sequences,
+        kept.tokens + added.tokens,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PoolBlock:
+    """What one block adds.
+
+    Attributes
+    ----------
+    index
+        Its place.
+    sites
+        By order.
+    leaving
+        For every shard, what enters the next block; empty after the last.
+    """
+
+    index: int
+    sites: Mapping[int, PoolSite]
+    leaving: tuple[HiddenStates, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Where a pass that was cut short goes on: the first block to do, and `PoolBlock.leaving` of the one before."""
+
+    index: int
+    entering: tuple[Sequence[Tensor], ...]
+
+
+@torch.inference_mode()
+def sum_pool(
+    decoder: Decoder,
+    shards: Sequence[Sequence[Tokens]],
+    kept: Callable[[Site], PoolSite | None],
+    *,
+    by_sequence: bool,
+    spread: bool,
+    memory: Memory,
+    resumed: Resumed | None = None,
+) -> Iterator[PoolBlock]:
+    """Run shards through the original model once, and add what each site reads to what is kept of earlier shards.
+
+    Shard after shard is added, and the sum rounded to float32 after each: a pool that grew has the same bytes as one
+    that was summed at once.
+
+    Parameters
+    ----------
+    kept
+        Returns what is kept of earlier shards for a site; None when there are none.
+    by_sequence
+        Every sequence weighs the same, not every token.
+    spread
+        Whether to measure how much the sequences differ, for Ledoit-Wolf shrinkage; the pass is slower with it.
+    memory
+        Where hidden states go, in equal parts for the shards.
+    """
+    dtype: Dtype = str(decoder.model.dtype).removeprefix("torch.")  # type: ignore[assignment]  # one of the three
+    share = None if memory.limit is None else memory.limit // max(len(shards), 1)
+    running = [
+        start_calibration(
+            decoder,
+            shard,
+            by_sequence=by_sequence,
+            compares=False,
+            storage_dtype=dtype,
+            memory=Memory(share, None if memory.folder is None else memory.folder / str(number)),
+        )
+        for number, shard in enumerate(shards)
+    ]
+    if resumed is not None:
+        for calibration, entering in zip(running, resumed.entering, strict=True):
+            for number, hidden in enumerate(entering):
+                calibration.hidden[number] = aligned(hidden)
+    wanted = Wanted(gram=True, magnitude=True, peak=True, spread=spread)
+    last = len(decoder.blocks) - 1
+    for index in range(0 if resumed is None else resumed.index, last + 1):
+        block = decoder.block(index)
+        sites = decoder.block_sites(index)
+        found = {site.order: kept(site) for site in sites}
+        for calibration in running:
+            sums = block_sums(block, sites, calibration, wanted)
+            for order in list(sums):
+                added = _pool_site(sums.pop(order).statistics())
+                before = found[order]
+                found[order] = added if before is None else merged(before, added)
+            if index < last:
+                advance(calibration, block, index, (), None)
+        leaving = tuple(c.hidden.snapshot() for c in running) if index < last else ()
+        yield PoolBlock(index, {order: site for order, site in found.items() if site is not None}, leaving)
+
+
+def _pool_site(found: SiteStatistics) -> PoolSite:
+    if found.gram is None or found.magnitude is None or found.peak is None:
+        raise ValueError("a site of the pool needs its Gram matrix and the sizes of its inputs")
+    return PoolSite(
+        upper_triangle(found.gram),
+        found.magnitude.cpu().numpy(),
+        found.peak.cpu().numpy(),
+        found.weight,
+        found.mean_square if found.mean_square == found.mean_square else 0.0,
+        found.sequences,
+        found.tokens,
+    )

@@ -1,0 +1,418 @@
+"""From weights and what is known of their inputs to rounded weights: all choices of one site put together."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from covercal.gram import SiteStatistics
+from covercal.quantization_settings import Quantization
+from covercal.quantizers.beam import round_by_beam
+from covercal.quantizers.factor import Factor, factorize, live_diagonal
+from covercal.quantizers.grid import (
+    Grid,
+    GridSettings,
+    GroupError,
+    min_max_grid,
+    output_error,
+    quantize,
+    searched_grid,
+    squared_error,
+    weighted_error,
+)
+from covercal.quantizers.levels import Levels
+from covercal.quantizers.polish import polish
+from covercal.quantizers.regularization import (
+    DAMPINGS,
+    GAMMAS,
+    SALIENCY_DAMPINGS,
+    SHRINKAGES,
+    Regularization,
+    damping_weights,
+    ledoit_wolf_share,
+    shrunk,
+)
+from covercal.quantizers.salient import salient_grid, salient_mask
+from covercal.quantizers.sequential import round_sequentially
+from covercal.quantizers.targets import carried_drift, corrected_target, mismatch, reachable_share
+
+SLAB_BYTES = 2**26  # of one float64 matrix of rows: rows are independent, so that only so many are worked on at once
+VALIDATED_ROWS = 128  # rows on which regularisation is validated
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """One quantised weight.
+
+    Attributes
+    ----------
+    codes
+        uint8 (rows, columns).
+    scale
+        (rows, groups) in the checkpoint's dtype.
+    zero
+        uint8 (rows, groups).
+    salient
+        Positions and values of the salient weights, in the checkpoint's dtype, when there are any: `mask` bool
+        (rows, columns), `values` (salient,).
+    output_error
+        ||W X - Q X|| / ||W X|| on the inputs of the Gram matrix; NaN without one.
+    weight_error
+        ||W - Q|| / ||W||.
+    alpha
+        Of the target; NaN where there is none.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    salient: tuple[Tensor, Tensor] | None
+    output_error: float
+    weight_error: float
+    alpha: float = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class SolvedSite:
+    """The quantised weights of linears that share an input, and how their Gram matrix was regularised.
+
+    Attributes
+    ----------
+    weights
+        In the order of the linears.
+    regularization
+        What was used; None when nothing was rounded by a Gram matrix.
+    factor_damping, attempts, dead
+        See `Factor`; 0 without one.
+    """
+
+    weights: tuple[Solved, ...]
+    regularization: Regularization | None = None
+    factor_damping: float = 0.0
+    attempts: int = 0
+    dead: int = 0
+
+
+def solve_site(
+    weights: Sequence[Tensor], statistics: SiteStatistics, settings: Quantization, scale_dtype: torch.dtype
+) -> SolvedSite:
+    """Quantise the weights of linears that read one input; they share one factorisation.
+
+    Parameters
+    ----------
+    weights
+        (rows, columns) of each linear.
+    statistics
+        Of the inputs; holds what `settings` read.
+    settings
+        All choices but scaling and activations, which are made before.
+    scale_dtype
+        In which a checkpoint keeps scales.
+
+    Raises
+    ------
+    QuantizationError
+        When a weight or the Gram matrix is not finite, a group size does not divide the columns, or a scale overflows.
+    """
+    grid_settings = GridSettings(settings.bits, settings.group_size, settings.symmetric, scale_dtype)
+    rounds = settings.rounding.kind != "nearest" or settings.rounding.polish > 0
+    found = _regularization(weights, statistics, settings, grid_settings) if rounds else None
+    solver = _solver(weights, statistics, settings, found) if found is not None else None
+    job = _Job(statistics, settings, grid_settings, solver)
+    masks = [_mask(weight, settings) for weight in weights]
+    alphas = [_alpha(weight, job) for weight in weights]
+    parts: list[list[Solved]] = [[] for _ in weights]
+    errors = [torch.zeros(4, dtype=torch.float64) for _ in weights]
+    width = settings.rounding.width if settings.rounding.kind == "beam" else 1
+    for pieces in row_pieces([len(weight) for weight in weights], weights[0].shape[1] * width):
+        plain = [weights[index][rows].to(job.dtype) for index, rows in pieces]
+        target = torch.cat([_target(w, alphas[index], job) for w, (index, _) in zip(plain, pieces, strict=True)])
+        mask = _stacked([masks[index], rows] for index, rows in pieces)
+        start = 0
+        solved, rounded = _solve_rows(target, mask, job)
+        for weight, (index, _) in zip(plain, pieces, strict=True):
+            rows = slice(start, start + len(weight))
+            start = rows.stop
+            parts[index].append(_some(solved, rows))
+            errors[index] += _squares(weight, rounded[rows], statistics.gram)
+    joined = [_joined(*each, has_gram=statistics.gram is not None) for each in zip(parts, errors, alphas, strict=True)]
+    if solver is None:
+        return SolvedSite(tuple(joined))
+    factor = solver.factor
+    return SolvedSite(tuple(joined), found, factor.damping, factor.attempts, factor.dead)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What all rows of a site are rounded with."""
+
+    statistics: SiteStatistics
+    settings: Quantization
+    grid: GridSettings
+    solver: "_Solver | None"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype that everything is computed in: that of the Gram matrix, float64 without one."""
+        return torch.float64 if self.statistics.gram is None else self.statistics.gram.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Solver:
+    """What all weights of a site are rounded with.
+
+    Attributes
+    ----------
+    factor
+        Of the regularised, damped Gram matrix.
+    gram
+        That matrix, for polishing; None when nothing is polished.
+    drift
+        GPTAQ's; None for other targets.
+    """
+
+    factor: Factor
+    gram: Tensor | None
+    drift: Tensor | None
+
+
+def _solver(
+    weights: Sequence[Tensor], statistics: SiteStatistics, settings: Quantization, chosen: Regularization
+) -> _Solver:
+    gram, weighting = _regularized(_needed(statistics.gram, "a Gram matrix"), weights, statistics, settings, chosen)
+    factor = factorize(gram, chosen.damping, activation_order=settings.activation_order, weights=weighting)
+    drift = None
+    if settings.target.kind == "gptaq" and isinstance(settings.target.alpha, float):
+        drift = carried_drift(_needed(statistics.drift, "the drift"), factor, settings.target.alpha)
+    damped = _damped(gram, factor.damping, weighting) if settings.rounding.polish else None
+    return _Solver(factor, damped, drift)
+
+
+def _regularized(
+    gram: Tensor,
+    weights: Sequence[Tensor],
+    statistics: SiteStatistics,
+    settings: Quantization,
+    chosen: Regularization,
+) -> tuple[Tensor, Tensor | None]:
+    """Return a Gram matrix moved towards a diagonal, and what each channel's damping weighs."""
+    towards = _needed(statistics.pool_energy, "the pool's energy") if settings.shrinkage.towards == "pool" else None
+    moved = shrunk(gram, chosen.shrinkage, towards) if chosen.shrinkage else gram
+    if chosen.gamma is None:
+        return moved, None
+    magnitude = _needed(statistics.magnitude, "mean |x|")
+    return moved, damping_weights(magnitude, weight_magnitude(weights), chosen.gamma)
+
+
+def _damped(gram: Tensor, damping: float, weighting: Tensor | None) -> Tensor:
+    diagonal, _ = live_diagonal(gram)
+    damped = gram.clone()
+    damped.diagonal().copy_(diagonal + damping * diagonal.mean() * (1.0 if weighting is None else weighting))
+    return damped
+
+
+def _regularization(
+    weights: Sequence[Tensor], statistics: SiteStatistics, settings: Quantization, grid_settings: GridSettings
+) -> Regularization:
+    """Return the regularisation that the settings fix, estimate, or find best on held-out sequences."""
+    candidates = list(regularizations(settings, statistics))
+    if len(candidates) == 1:
+        return candidates[0]
+    training, held_out = statistics.training, statistics.validation
+    if training is None or held_out is None:
+        return candidates[0]
+    rows = _some_rows(weights)
+    rows = rows.to(training.dtype)
+    levels = Levels.of(_grid(rows, statistics, settings, grid_settings), rows.shape[1])
+    turned = rows.T.contiguous()
+    losses = []
+    for candidate in candidates:
+        gram, weighting = _regularized(training, weights, statistics, settings, candidate)
+        factor = factorize(gram, candidate.damping, activation_order=settings.activation_order, weights=weighting)
+        losses.append(float(energy(rows - round_sequentially(turned, factor, levels).T, held_out)))
+    return candidates[min(range(len(candidates)), key=losses.__getitem__)]
+
+
+def regularizations(settings: Quantization, statistics: SiteStatistics) -> Iterator[Regularization]:
+    """Yield the regularisations to choose among; one when nothing is validated."""
+    shrinkage, damping = settings.shrinkage.strength, settings.damping
+    by_saliency = damping.weights == "saliency"
+    shares: Sequence[float]
+    if shrinkage == "ledoit_wolf":
+        gram = _needed(statistics.gram, "a Gram matrix")
+        shares = (ledoit_wolf_share(gram, statistics.sequences, statistics.mean_square),)
+    else:
+        shares = SHRINKAGES if shrinkage == "validated" else (float(shrinkage),)
+    strengths: Sequence[float] = (
+        (SALIENCY_DAMPINGS if by_saliency else DAMPINGS) if damping.strength == "validated" else (damping.strength,)
+    )
+    gammas: Sequence[float | None] = (None,)
+    if by_saliency:
+        gammas = GAMMAS if damping.gamma == "validated" else (float(damping.gamma),)
+    for share in shares:
+        for strength in strengths:
+            for gamma in gammas:
+                yield Regularization(share, strength, gamma)
+
+
+def _some_rows(weights: Sequence[Tensor]) -> Tensor:
+    """Return evenly spaced rows of all weights together, float64."""
+    total = sum(len(weight) for weight in weights)
+    wanted = torch.linspace(0, total - 1, min(VALIDATED_ROWS, total)).round().long()
+    return torch.cat(list(weights))[wanted.to(weights[0].device)]
+
+
+def _mask(weight: Tensor, settings: Quantization) -> Tensor | None:
+    salient = settings.salient
+    return salient_mask(weight, salient.share, salient.scope, settings.group_size) if salient.share else None
+
+
+def _stacked(parts: Iterable[Sequence[Any]]) -> Tensor | None:
+    """Return the rows of some masks together; None when there are none."""
+    kept = [mask[rows] for mask, rows in parts if mask is not None]
+    return torch.cat(kept) if kept else None
+
+
+def _target(weight: Tensor, alpha: float, job: _Job) -> Tensor:
+    if job.solver is None or job.settings.target.kind != "coreq":
+        return weight
+    return corrected_target(weight, _needed(job.statistics.drift, "the drift"), job.solver.factor, alpha)
+
+
+def _solve_rows(target: Tensor, mask: Tensor | None, job: _Job) -> tuple[Solved, Tensor]:
+    """Round some rows; returns them as a checkpoint keeps them, and their values."""
+    plain = target if mask is None else torch.where(mask, 0.0, target)
+    grid = _grid(plain, job.statistics, job.settings, job.grid)
+    apart = salient_grid(target, mask, job.settings.salient.bits, job.grid) if mask is not None else None
+    levels = Levels.of(grid, target.shape[1], apart)
+    rounded = _rounded(target.T.contiguous(), levels, job.solver, job.settings).T
+    codes = quantize(rounded, *grid.columns(target.shape[1]), job.settings.bits).to(torch.uint8)
+    kept = None
+    if mask is not None:
+        kept = mask, rounded[mask].to(job.grid.scale_dtype)
+        rounded = rounded.masked_scatter(mask, kept[1].to(rounded.dtype))
+    return Solved(codes, grid.scale.to(job.grid.scale_dtype), grid.zero.to(torch.uint8), kept, 0.0, 0.0), rounded
+
+
+def _rounded(turned: Tensor, levels: Levels, solver: _Solver | None, settings: Quantization) -> Tensor:
+    rounding = settings.rounding
+    if solver is None:
+        return levels.all_nearest(turned)
+    if rounding.kind == "beam":
+        rounded = round_by_beam(turned, solver.factor, levels, rounding.width)
+    elif rounding.kind == "sequential":
+        rounded = round_sequentially(turned, solver.factor, levels, solver.drift)
+    else:
+        rounded = levels.all_nearest(turned)
+    if solver.gram is None:
+        return rounded
+    return polish(turned, rounded, solver.gram, levels, solver.factor.order, rounding.polish)
+
+
+def _grid(weight: Tensor, statistics: SiteStatistics, settings: Quantization, grid_settings: GridSettings) -> Grid:
+    """Return the grid of float64 (rows, columns) weights."""
+    ranges, clip = settings.ranges, settings.salient.clip if settings.salient.share else 1.0
+    if ranges.search == "min_max":
+        return (
+            min_max_grid(weight, grid_settings)
+            if clip == 1.0
+            else searched_grid(weight, grid_settings, [clip], squared_error)
+        )
+    factors = [1.0 - (1.0 - ranges.shrink) * step / ranges.steps for step in range(ranges.steps + 1)]
+    error: GroupError = squared_error
+    if ranges.search == "weighted":
+        error = weighted_error(_needed(statistics.gram, "a Gram matrix").diagonal(), settings.group_size)
+    elif ranges.search == "output":
+        error = output_error(_needed(statistics.gram, "a Gram matrix"), settings.group_size)
+    return searched_grid(weight, grid_settings, factors, error)
+
+
+def _alpha(weight: Tensor, job: _Job) -> float:
+    """Return the target's alpha for a whole weight; NaN without a corrected target."""
+    target, solver = job.settings.target, job.solver
+    if solver is None or target.kind == "weights":
+        return math.nan
+    if target.alpha != "closed_form":
+        return target.alpha
+    drift = _needed(job.statistics.drift, "the drift")
+    drift_energy = _needed(job.statistics.drift_energy, "the drift")
+    reached = whole = 0.0
+    for ((_, rows),) in row_pieces([len(weight)], weight.shape[1]):
+        sums = mismatch(weight[rows].to(job.dtype), drift, drift_energy, solver.factor)
+        reached, whole = reached + sums[0], whole + sums[1]
+    return reachable_share(reached, whole)
+
+
+def row_pieces(rows: Sequence[int], columns: int) -> Iterator[list[tuple[int, slice]]]:
+    """Yield pieces, (weight, its rows), that together take a bounded amount of memory; rows are independent."""
+    limit = max(1, SLAB_BYTES // (8 * columns))
+    pieces: list[tuple[int, slice]] = []
+    room = limit
+    for index, count in enumerate(rows):
+        start = 0
+        while start < count:
+            stop = min(start + room, count)
+            pieces.append((index, slice(start, stop)))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield pieces
+                pieces, room = [], limit
+    if pieces:
+        yield pieces
+
+
+def weight_magnitude(weights: Sequence[Tensor]) -> Tensor:
+    """Return mean |w| of every column over the rows of all weights, float64 (columns,)."""
+    total = sum(weight.abs().sum(dim=0, dtype=torch.float64) for weight in weights)
+    return torch.as_tensor(total) / sum(len(weight) for weight in weights)
+
+
+def energy(matrix: Tensor, gram: Tensor) -> Tensor:
+    """Return tr(M H M^T), the squared output of M on the inputs of H."""
+    return ((matrix @ gram.to(matrix.dtype)) * matrix).sum(dtype=torch.float64)
+
+
+def _squares(weight: Tensor, rounded: Tensor, gram: Tensor | None) -> Tensor:
+    """Return squared output of the error and of the weight, and squared error and weight; float32 does for a report."""
+    error = weight - rounded
+    plain = torch.stack([error.square().sum(dtype=torch.float64), weight.square().sum(dtype=torch.float64)])
+    if gram is None:
+        return torch.cat([torch.zeros_like(plain), plain]).cpu()
+    outputs = torch.stack([energy(error.float(), gram), energy(weight.float(), gram)])
+    return torch.cat([outputs, plain]).cpu()
+
+
+def _some(solved: Solved, rows: slice) -> Solved:
+    """Return what belongs to some rows."""
+    salient = None
+    if solved.salient is not None:
+        mask, values = solved.salient
+        before = int(mask[: rows.start].sum())
+        salient = mask[rows], values[before : before + int(mask[rows].sum())]
+    return replace(solved, codes=solved.codes[rows], scale=solved.scale[rows], zero=solved.zero[rows], salient=salient)
+
+
+def _joined(parts: Sequence[Solved], errors: Tensor, alpha: float, *, has_gram: bool) -> Solved:
+    output, whole_output, weight, whole_weight = errors.tolist()
+    salient = None
+    if parts[0].salient is not None:
+        kept = [each.salient for each in parts if each.salient is not None]
+        salient = torch.cat([mask for mask, _ in kept]), torch.cat([values for _, values in kept])
+    codes, scale, zero = (torch.cat([getattr(each, name) for each in parts]) for name in ("codes", "scale", "zero"))
+    joined = replace(parts[0], codes=codes, scale=scale, zero=zero, salient=salient, alpha=alpha)
+    output_error = _relative(output, whole_output) if has_gram else math.nan
+    return replace(joined, output_error=output_error, weight_error=_relative(weight, whole_weight))
+
+
+def _relative(error: float, whole: float) -> float:
+    return math.sqrt(max(error, 0.0) / whole) if whole > 0 else 0.0
+
+
+def _needed(value: Tensor | None, name: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"these settings read {name}, which was not measured")
+    return value

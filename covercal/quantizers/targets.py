@@ -1,0 +1,63 @@
+"""What rounding aims at when the inputs behind the quantised prefix are no longer those of the original model.
+
+With quantised-prefix inputs X_q and original inputs X_f, dX = X_f - X_q, H = X_q X_q^T, D = dX X_q^T and
+E = dX dX^T (rows of X are channels):
+
+* CoreQ (arXiv 2602.05902) rounds W' = W + alpha W D H^-1 instead of W. No Q can do better on W X_f than on this target,
+  and alpha = 1 undoes all of the mismatch that a linear layer can undo.
+* GPTAQ (arXiv 2504.02692) corrects within the rounding: each column's own mismatch is passed on to later columns only.
+"""
+
+import torch
+from torch import Tensor
+
+from covercal.quantizers.factor import Factor
+
+
+def corrected_target(weight: Tensor, drift: Tensor, factor: Factor, alpha: float) -> Tensor:
+    """Return CoreQ's target W + alpha W D H^-1.
+
+    Parameters
+    ----------
+    weight
+        (rows, columns).
+    drift
+        (columns, columns): D, in the scaling of the Gram matrix.
+    factor
+        Of the damped Gram matrix.
+    """
+    return weight + alpha * factor.solve(weight @ drift)
+
+
+def mismatch(weight: Tensor, drift: Tensor, drift_energy: Tensor, factor: Factor) -> tuple[float, float]:
+    """Return <W D H^-1, W D> and ||W dX||^2: how much of the mismatch X_q can undo, and the whole.
+
+    Both are sums over rows, so that those of several parts of a weight may be added.
+    """
+    output = weight @ drift
+    return float((factor.solve(output) * output).sum()), float(((weight @ drift_energy) * weight).sum())
+
+
+def reachable_share(reached: float, whole: float) -> float:
+    """Return CoreQ's closed-form alpha for the two sums of `mismatch`, within [0, 1]; 0 when there is no mismatch.
+
+    With few tokens for many channels it is close to 1 whatever the mismatch is.
+    """
+    return min(max(reached / whole, 0.0), 1.0) if whole > 0 else 0.0
+
+
+def carried_drift(drift: Tensor, factor: Factor, alpha: float) -> Tensor:
+    """Return what `round_sequentially` takes as its drift so that it is GPTAQ: alpha triu(D R^-T, 1) / R_kk.
+
+    GPTAQ updates W[:, j:] -= err U[j, j:] - w_j P[j, j:] with P = alpha triu(D U^T, 1) U and U = R^-1. Written for what
+    each column is rounded from, the errors take R's feedback as in GPTQ, and w_j takes P R diag(U), which is this.
+
+    Parameters
+    ----------
+    drift
+        float64 (columns, columns): D, columns in their natural order.
+    """
+    upper = factor.feedback * factor.diagonal
+    ordered = drift[factor.order][:, factor.order]
+    inner: Tensor = torch.linalg.solve_triangular(upper, ordered.T, upper=True).T  # D R^-T
+    return alpha * inner.triu(1) / factor.diagonal

@@ -1,0 +1,122 @@
+"""A model's weights read from its safetensors files one block at a time, converted as transformers would."""
+
+import copy
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from covercal.errors import InputError
+from covercal.model_files import weight_files
+
+
+def empty_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
+    """Return the model of a folder's configuration, without weights (on the meta device) but with computed buffers."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.eval().requires_grad_(False)
+
+
+class StreamedWeights:
+    """Reads the blocks of a model, and what is around them, when they are asked for.
+
+    Parameters
+    ----------
+    folder
+        Holds the safetensors files.
+    model
+        From `empty_model`.
+    blocks_path
+        Name of its list of blocks.
+    device
+        Where weights are put.
+
+    Raises
+    ------
+    InputError
+        When a file names a weight that cannot be placed.
+    """
+
+    def __init__(self, folder: Path, model: PreTrainedModel, blocks_path: str, device: torch.device) -> None:
+        self._model, self._path, self._device = model, blocks_path, device
+        self._mapping = get_model_conversion_mapping(model)
+        self._blocks: dict[int, dict[str, Path]] = {}
+        self._rest: dict[str, Path] = {}
+        renamings = [each for each in self._mapping if isinstance(each, WeightRenaming)]
+        converters = [each for each in self._mapping if isinstance(each, WeightConverter)]
+        names = model.state_dict()
+        for path in weight_files(folder):
+            with safe_open(path, framework="pt") as file:
+                keys = list(file.keys())
+            for key in keys:
+                target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
+                index = self._block_of(target)
+                (self._rest if index is None else self._blocks.setdefault(index, {}))[key] = path
+
+    def load_rest(self) -> None:
+        """Load everything outside the blocks into the model."""
+        self._load(self._rest)
+        self._model.tie_weights()
+        inside = f"{self._path}."
+        _check_loaded((n, p) for n, p in self._model.named_parameters() if not n.startswith(inside))
+
+    def block(self, index: int) -> nn.Module:
+        """Return a block with its weights, which the caller owns; the model's own block stays empty.
+
+        Raises
+        ------
+        InputError
+            When the files lack one of its weights.
+        """
+        empty = self._model.get_submodule(f"{self._path}.{index}")
+        kept = dict(empty.named_parameters())
+        loaded = copy.deepcopy(empty)
+        self._load(self._blocks.get(index, {}))
+        _check_loaded((f"{self._path}.{index}.{name}", p) for name, p in empty.named_parameters())
+        for name, parameter in list(empty.named_parameters()):
+            _place(loaded, name, parameter)
+            _place(empty, name, kept[name])
+        block: nn.Module = loaded.to(self._device).eval().requires_grad_(False)
+        return block
+
+    def _block_of(self, name: str) -> int | None:
+        inside = f"{self._path}."
+        number = name.removeprefix(inside).split(".", 1)[0]
+        return int(number) if name.startswith(inside) and number.isdecimal() else None
+
+    def _load(self, places: dict[str, Path]) -> None:
+        with ExitStack() as stack:
+            files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(places.values())}
+            slices = {key: files[path].get_slice(key) for key, path in places.items()}
+            settings = LoadStateDictConfig(
+                device_map={"": str(self._device)}, dtype=self._model.dtype, weight_mapping=self._mapping
+            )
+            convert_and_load_state_dict_in_model(self._model, slices, settings)
+
+
+def _check_loaded(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    for name, parameter in parameters:
+        if parameter.is_meta:
+            raise InputError(f"The model's files lack the weight {name}.")
+
+
+def _place(module: nn.Module, name: str, parameter: Any) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(module.get_submodule(parent), last, parameter)
