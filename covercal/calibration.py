@@ -102,6 +102,7 @@ def start_calibration(
     compares: bool,
     storage_dtype: Dtype,
     memory: Memory,
+    longest: int | None = None,
 ) -> Calibration:
     """Return what enters the first block.
 
@@ -111,27 +112,30 @@ def start_calibration(
         Every sequence weighs the same, not every token.
     compares
         Whether the original model's stream is kept, too.
+    longest
+        Tokens of a sequence whose tokens weigh 1 when every sequence weighs the same; None: of the longest here.
     storage_dtype
         Embeddings are rounded to it on the quantised side, as the checkpoint will hold them.
     """
     limit = BATCH_TOKENS if decoder.device.type == "cpu" else GPU_BATCH_TOKENS
-    longest = max((len(sequence) for sequence in sequences), default=1)
+    longest = longest or max((len(sequence) for sequence in sequences), default=1)
     streams = 2 if compares else 1
     each = None if memory.limit is None else memory.limit // streams
     folders = [None if memory.folder is None else memory.folder / name for name in ("hidden", "original")]
     hidden, original = (HiddenStates(decoder.device, each, folder) for folder in folders)
     found: list[Batch] = []
     first = 0
-    for members in batches(sequences, limit):
-        tokens = token_tensor([sequences[m] for m in members], decoder.device)
-        with rounded_outside_blocks(decoder, storage_dtype):
-            entering, arguments = block_inputs(decoder, tokens)
-        hidden.append(entering)
-        if compares:
-            original.append(block_inputs(decoder, tokens)[0])
-        weight = longest / tokens.shape[1] if by_sequence else 1.0
-        found.append(Batch(len(found), first, (tokens.shape[0], tokens.shape[1]), weight, arguments))
-        first += len(members)
+    with decoder.around():
+        for members in batches(sequences, limit):
+            tokens = token_tensor([sequences[m] for m in members], decoder.device)
+            with rounded_outside_blocks(decoder, storage_dtype):
+                entering, arguments = block_inputs(decoder, tokens)
+            hidden.append(entering)
+            if compares:
+                original.append(block_inputs(decoder, tokens)[0])
+            weight = longest / tokens.shape[1] if by_sequence else 1.0
+            found.append(Batch(len(found), first, (tokens.shape[0], tokens.shape[1]), weight, arguments))
+            first += len(members)
     return Calibration(found, hidden, original)
 
 
@@ -139,7 +143,7 @@ def start_calibration(
 def rounded_outside_blocks(decoder: Decoder, storage_dtype: Dtype) -> Iterator[None]:
     """Round embeddings and all else before the first block to the checkpoint's dtype for a while."""
     inside = {id(parameter) for block in decoder.blocks for parameter in block.parameters()}
-    outside = [(p, p.data) for p in decoder.model.parameters() if id(p) not in inside]
+    outside = [(p, p.data) for p in decoder.model.parameters() if id(p) not in inside and not p.is_meta]
     try:
         for parameter, _ in outside:
             parameter.data = parameter.data.to(DTYPES[storage_dtype]).to(parameter.dtype)

@@ -100,7 +100,8 @@ class CheckpointWriter:
         record
             How the checkpoint came to be.
         """
-        self._save(self._around(), folder / self.shard_name(len(self.decoder.blocks)))
+        with self.decoder.around(head=True):
+            self._save(self._around(), folder / self.shard_name(len(self.decoder.blocks)))
         places: dict[str, str] = {}
         total = 0
         for index in range(len(self.decoder.blocks) + 1):
@@ -172,10 +173,12 @@ def checkpoint_bytes(decoder: Decoder, settings: Quantization, storage_dtype: Dt
     width = torch.empty((), dtype=DTYPES[storage_dtype]).element_size()
     weights = sum(outputs * inputs for outputs, inputs in shapes.values())
     rest = (sum(p.numel() for p in decoder.model.parameters()) - weights) * width
-    if checkpoint_format(settings, decoder.model)[0] == "dense":
+    form, _ = checkpoint_format(settings, decoder.model)
+    if form == "dense":
         return int(rest + weights * width)
+    code_bytes = 1.0 if form == "int-quantized" else settings.bits / 8
     groups = sum(outputs * inputs / (settings.group_size or inputs) for outputs, inputs in shapes.values())
-    return int(rest + weights * settings.bits / 8 + groups * (width + settings.bits / 8))
+    return int(rest + weights * code_bytes + groups * (width + code_bytes))
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ class Decoder:
         Every site of every block, in order of execution.
     weights
         Where the blocks' weights are read when they are needed; None when all of them are loaded.
+    probe
+        A few tokens on their way into the first block.
     """
 
     model: PreTrainedModel
@@ -75,11 +77,12 @@ class Decoder:
     blocks: tuple[nn.Module, ...]
     sites: tuple[Site, ...]
     weights: StreamedWeights | None = None
+    probe: "Probe | None" = None
 
     @property
     def device(self) -> torch.device:
         """Return where the model computes."""
-        return torch.device(self.model.device)
+        return torch.device(self.model.device) if self.weights is None else self.weights.device
 
     @property
     def body(self) -> nn.Module:
@@ -90,6 +93,10 @@ class Decoder:
     def block(self, index: int) -> nn.Module:
         """Return a block with its weights, not to be changed; of a streamed model it is read now."""
         return self.blocks[index] if self.weights is None else self.own_block(index)
+
+    def around(self, *, head: bool = False) -> AbstractContextManager[None]:
+        """Have the weights outside the blocks for a while, of a streamed model; the head only when it is asked for."""
+        return nullcontext() if self.weights is None else self.weights.rest(head=head)
 
     def own_block(self, index: int) -> nn.Module:
         """Return a copy of a block, with its weights and with experts as linears, that the caller may change."""
@@ -184,13 +191,16 @@ def load_decoder(
     check_shards(folder)
     if streamed:
         return _streamed_decoder(folder, dtype, device, trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(
+    model, found = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=DTYPES[dtype],
         trust_remote_code=trust_remote_code,
         local_files_only=True,
         use_safetensors=True,  # never a pickle
+        output_loading_info=True,
     )
+    for name in sorted(found["missing_keys"]):  # transformers would go on with random numbers
+        raise InputError(f"The model's files lack the weight {name}.")
     _decompress(model)
     return make_decoder(model.to(device))
 
@@ -232,13 +242,15 @@ def _streamed_decoder(folder: Path, dtype: Dtype, device: torch.device, trust_re
     path, blocks = find_blocks(model)
     check_blocks(model, blocks)
     weights = StreamedWeights(folder, model, path, device)
-    weights.load_rest()
     return _with_sites(Decoder(model, path, blocks, (), weights))
 
 
 def _with_sites(decoder: Decoder) -> Decoder:
-    sites = tuple(_trace_sites(decoder))
-    return replace(decoder, sites=sites)
+    with decoder.around(head=True):  # so that what the files lack is told now
+        tokens = torch.zeros((1, PROBE_TOKENS), dtype=torch.int64, device=decoder.device)
+        hidden, arguments = block_inputs(decoder, tokens)
+    probe = Probe(hidden, tuple(arguments))
+    return replace(decoder, probe=probe, sites=tuple(_trace_sites(decoder, probe)))
 
 
 def describe_decoder(folder: Path, *, trust_remote_code: bool = False) -> Decoder:
@@ -345,6 +357,14 @@ def token_tensor(sequences: Sequence[npt.NDArray[np.int32]], device: torch.devic
 BlockArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A few tokens to try things on: what enters the first block, and every block's other arguments."""
+
+    hidden: Tensor
+    arguments: tuple[BlockArguments, ...]
+
+
 @torch.inference_mode()
 def block_inputs(decoder: Decoder, tokens: Tensor) -> tuple[Tensor, list[BlockArguments]]:
     """Return what enters the first block, and every block's other arguments (masks, positions), without running any.
@@ -398,10 +418,9 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: BlockArguments) -> Te
     return result
 
 
-def _trace_sites(decoder: Decoder) -> Iterator[Site]:
+def _trace_sites(decoder: Decoder, probe: "Probe") -> Iterator[Site]:
     """Yield the sites of every block, found by which linears receive the very same tensor in a forward pass."""
-    tokens = torch.zeros((1, PROBE_TOKENS), dtype=torch.int64, device=decoder.device)
-    hidden, arguments = block_inputs(decoder, tokens)
+    hidden = probe.hidden
     for index in range(len(decoder.blocks)):
         block = decoder.block(index)
         seen: list[tuple[Tensor, list[str]]] = []
@@ -411,7 +430,7 @@ def _trace_sites(decoder: Decoder) -> Iterator[Site]:
             if isinstance(module, nn.Linear)
         ]
         with probing(block):
-            hidden = run_block(block, hidden, arguments[index])
+            hidden = run_block(block, hidden, probe.arguments[index])
         for hook in hooks:
             hook.remove()
         sites = [Site(index, order, tuple(names), tensor.shape[-1]) for order, (tensor, names) in enumerate(seen)]

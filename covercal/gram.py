@@ -10,7 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from covercal.quantizers.regularization import ledoit_wolf_share, off_diagonal_square
+
 WIDE_CHANNELS = 8192  # above it, sums are kept in float32: a float64 matrix alone would take more than half a gigabyte
+PANEL_COLUMNS = 2048  # of a product that is made before it is added
 VALIDATION_EVERY = 4  # every fourth sequence validates
 BINS_PER_OCTAVE = 32
 LOWEST_OCTAVE, HIGHEST_OCTAVE = -40, 24  # of |x|, for static activation ranges
@@ -63,8 +66,10 @@ class SiteStatistics:
         (channels, channels): weighted means of dX X^T and dX dX^T, dX what the original model's inputs have more.
     pool_energy
         (channels,): mean over the pool's tokens of x**2 at full precision.
-    mean_square
-        Mean over sequences of the sum of squares off the diagonal of each one's own Gram matrix.
+    mean_square, concentration
+        See `ledoit_wolf_share`.
+    ledoit_wolf
+        The share of shrinkage that they ask for; NaN when they were not measured.
     sequences, tokens, weight
         What the sums are over, and the sum of the tokens' weights.
     histogram
@@ -82,6 +87,8 @@ class SiteStatistics:
     drift_energy: Tensor | None = None
     pool_energy: Tensor | None = None
     mean_square: float = math.nan
+    concentration: float = math.nan
+    ledoit_wolf: float = math.nan
     sequences: int = 0
     tokens: int = 0
     weight: float = 0.0
@@ -109,6 +116,8 @@ class SiteStatistics:
             peak=over(self.peak, scale),
             pool_energy=over(self.pool_energy, scale.square()),
             mean_square=math.nan,
+            concentration=math.nan,
+            ledoit_wolf=math.nan,
             histogram=None,
             largest=math.nan,
         )
@@ -140,7 +149,7 @@ class SiteSums:
         self._histogram = torch.zeros(bins, dtype=torch.int64, device=device) if wanted.histogram else None
         self._largest = 0.0
         self._weight = self._validation_weight = 0.0
-        self._square = 0.0
+        self._square = self._weight_square = 0.0  # sums over sequences, for their spread
         self.sequences = self.tokens = 0
 
     def add(self, x: Tensor, *, weight: float = 1.0, original: Tensor | None = None, first: int = 0) -> None:
@@ -165,27 +174,33 @@ class SiteSums:
             self._add_products(by_sequence, flat, weight, first)
         if original is not None and self._drift is not None and self._drift_energy is not None:
             difference = original.float().reshape(flat.shape) - flat
-            self._drift.add_(difference.T @ flat, alpha=weight)
-            self._drift_energy.add_(difference.T @ difference, alpha=weight)
+            add_product(self._drift, difference, flat, weight)
+            add_product(self._drift_energy, difference, difference, weight)
         self._weight += weight * flat.shape[0]
         self.sequences += x.shape[0]
         self.tokens += flat.shape[0]
 
     def statistics(self) -> SiteStatistics:
-        """Return the means of what was added."""
+        """Return the means of what was added; the sums become them, so that this is the end of adding."""
         whole = self._weight or 1.0
         total, validation = self._total, self._validation
+        mean_square = concentration = share = math.nan
+        if self._wanted.spread and total is not None and self._weight:
+            mean_square, concentration = self._square / whole, self._weight_square / whole**2
+            share = ledoit_wolf_share(total / whole, mean_square, concentration)
         held_out = self._validation_weight
         trained = self._weight - held_out
         return SiteStatistics(
-            gram=None if total is None else total / whole,
-            validation=None if validation is None or not held_out else validation / held_out,
             training=None if total is None or validation is None or not trained else (total - validation) / trained,
+            gram=None if total is None else total.div_(whole),
+            validation=None if validation is None or not held_out else validation.div_(held_out),
             magnitude=None if self._absolute is None else self._absolute / whole,
             peak=None if self._peak is None else self._peak.double(),
-            drift=None if self._drift is None else self._drift / whole,
-            drift_energy=None if self._drift_energy is None else self._drift_energy / whole,
-            mean_square=self._square / self.sequences if self._wanted.spread and self.sequences else math.nan,
+            drift=None if self._drift is None else self._drift.div_(whole),
+            drift_energy=None if self._drift_energy is None else self._drift_energy.div_(whole),
+            mean_square=mean_square,
+            concentration=concentration,
+            ledoit_wolf=share,
             sequences=self.sequences,
             tokens=self.tokens,
             weight=self._weight,
@@ -216,17 +231,24 @@ class SiteSums:
         if total is None:
             return
         if not self._wanted.validation and not self._wanted.spread:
-            total.add_(flat.T @ flat, alpha=weight)
+            add_product(total, flat, flat, weight)
             return
         for number, x in enumerate(by_sequence, start=first):
             product = x.T @ x
             total.add_(product, alpha=weight)
             if self._wanted.spread and len(x):
-                square = (product.double() / len(x)).square_()
-                self._square += float(square.sum() - square.diagonal().sum())
+                self._square += weight * len(x) * off_diagonal_square(product.double() / len(x))
+                self._weight_square += (weight * len(x)) ** 2
             if self._validation is not None and number % VALIDATION_EVERY == VALIDATION_EVERY - 1:
                 self._validation.add_(product, alpha=weight)
                 self._validation_weight += weight * len(x)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, weight: float) -> None:
+    """Add weight * a^T b, (channels, channels), to a sum; float32 products, some columns at a time."""
+    for start in range(0, b.shape[1], PANEL_COLUMNS):
+        columns = slice(start, start + PANEL_COLUMNS)
+        total[:, columns].add_(a.T @ b[:, columns], alpha=weight)
 
 
 def bin_values(device: torch.device) -> Tensor:

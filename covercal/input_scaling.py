@@ -1,5 +1,6 @@
 """Scales the inputs of a block's sites before rounding, the function staying the same: AWQ, SARQC-GS, SmoothQuant."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from covercal.calibration import Calibration, expert_of
-from covercal.decoder import DTYPES, Decoder, Site, block_inputs, linear_of, run_block
+from covercal.decoder import DTYPES, Decoder, Site, linear_of, run_block
 from covercal.folding import Fold, apply_scale, find_folds
 from covercal.gram import SiteStatistics
 from covercal.quantization_settings import Dtype, Quantization
@@ -23,7 +24,6 @@ from covercal.quantizers.scaling import (
 )
 from covercal.quantizers.solver import energy, weight_magnitude
 
-PROBE_TOKENS = 4
 NOT_FOLDED = "inputs are not scaled: no module that makes them takes up the inverse"
 
 
@@ -84,22 +84,36 @@ def scale_block(
 
 
 def _folds(decoder: Decoder, block: nn.Module, sites: Sequence[Site]) -> dict[int, Fold]:
-    """Return what takes up the inverse of each site's scale, tried on a few random hidden states.
+    """Return what takes up the inverse of each site's scale, tried on a few random hidden states in float32.
 
     An expert is tried by itself: a few tokens do not reach all of them, and what is outside is read by others, too.
     """
-    tokens = torch.zeros((1, PROBE_TOKENS), dtype=torch.int64, device=decoder.device)
-    entering, arguments = block_inputs(decoder, tokens)
-    index = sites[0].block
-    hidden = torch.randn(entering.shape, generator=torch.Generator().manual_seed(index)).to(entering)
+    probe, index = decoder.probe, sites[0].block
+    if probe is None:
+        raise ValueError("the decoder was described, not loaded")
+    wide = copy.deepcopy(block).float()
+    generator = torch.Generator().manual_seed(index)
+    hidden = torch.randn(probe.hidden.shape, generator=generator).to(probe.hidden.device)
+    arguments = _widened(probe.arguments[index])
     size = head_size(decoder)
-    shared = [site for site in sites if expert_of(block, site) is None]
-    folds = find_folds(block, shared, lambda module: run_block(module, hidden, arguments[index]), size)
+    shared = [site for site in sites if expert_of(wide, site) is None]
+    folds = find_folds(wide, shared, lambda module: run_block(module, hidden, arguments), size)
     for site in sites:
-        expert = expert_of(block, site)
+        expert = expert_of(wide, site)
         if expert is not None:
-            folds |= find_folds(block, [site], _only(expert, hidden[0]), size)
+            folds |= find_folds(wide, [site], _only(expert, hidden[0]), size)
     return folds
+
+
+def _widened(value: Any) -> Any:
+    """Return arguments of a block with all floating-point tensors in float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(_widened(each) for each in value)
+    if isinstance(value, dict):
+        return {name: _widened(each) for name, each in value.items()}
+    return value
 
 
 def _only(expert: nn.Module, hidden: Tensor) -> Callable[[nn.Module], Tensor]:

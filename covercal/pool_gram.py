@@ -1,5 +1,6 @@
 """The pool's own Gram matrices at full precision: one pass of the original model, block by block."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from covercal.calibration import Memory, Tokens, advance, block_sums, start_cali
 from covercal.decoder import Decoder, Site
 from covercal.gram import SiteStatistics, Wanted
 from covercal.hidden_states import HiddenStates, aligned
+from covercal.memory import release_freed
 from covercal.quantization_settings import Dtype
 
 
@@ -28,8 +30,8 @@ class PoolSite:
         float64 (channels,): weighted mean, and largest, |x|.
     weight
         Sum of the tokens' weights.
-    mean_square
-        As in `SiteStatistics`.
+    mean_square, concentration
+        As in `SiteStatistics`; 0 when they were not asked for.
     sequences, tokens
         What went into it.
     """
@@ -39,6 +41,7 @@ class PoolSite:
     peak: npt.NDArray[np.float64]
     weight: float
     mean_square: float
+    concentration: float
     sequences: int
     tokens: int
 
@@ -64,15 +67,14 @@ def merged(kept: PoolSite, added: PoolSite) -> PoolSite:
     whole = kept.weight + added.weight
     share = added.weight / whole if whole else 0.0
     gram = (1.0 - share) * kept.gram.astype(np.float64) + share * added.gram
-    squares = kept.sequences * kept.mean_square + added.sequences * added.mean_square
-    sequences = kept.sequences + added.sequences
     return PoolSite(
         gram.astype(np.float32),
         (1.0 - share) * kept.magnitude + share * added.magnitude,
         np.maximum(kept.peak, added.peak),
         whole,
-        squares / sequences if sequences else 0.0,
-        sequences,
+        (1.0 - share) * kept.mean_square + share * added.mean_square,
+        (1.0 - share) ** 2 * kept.concentration + share**2 * added.concentration,
+        kept.sequences + added.sequences,
         kept.tokens + added.tokens,
     )
 
@@ -140,6 +142,7 @@ def sum_pool(
             by_sequence=by_sequence,
             compares=False,
             storage_dtype=dtype,
+            longest=1,  # one weight for the sequences of all shards
             memory=Memory(share, None if memory.folder is None else memory.folder / str(number)),
         )
         for number, shard in enumerate(shards)
@@ -164,6 +167,7 @@ def sum_pool(
                 advance(calibration, block, index, (), None)
         leaving = tuple(c.hidden.snapshot() for c in running) if index < last else ()
         yield PoolBlock(index, {order: site for order, site in found.items() if site is not None}, leaving)
+        release_freed()
 
 
 def _pool_site(found: SiteStatistics) -> PoolSite:
@@ -174,7 +178,8 @@ def _pool_site(found: SiteStatistics) -> PoolSite:
         found.magnitude.cpu().numpy(),
         found.peak.cpu().numpy(),
         found.weight,
-        found.mean_square if found.mean_square == found.mean_square else 0.0,
+        0.0 if math.isnan(found.mean_square) else found.mean_square,
+        0.0 if math.isnan(found.concentration) else found.concentration,
         found.sequences,
         found.tokens,
     )

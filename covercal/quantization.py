@@ -30,6 +30,7 @@ from covercal.errors import QuantizationError
 from covercal.gram import SiteStatistics, Wanted
 from covercal.hidden_states import HiddenStates, aligned
 from covercal.input_scaling import ScaledSite, scale_block
+from covercal.memory import release_freed
 from covercal.quantization_settings import Dtype, Quantization
 from covercal.quantizers.solver import Solved, SolvedSite, solve_site
 
@@ -226,6 +227,7 @@ def quantize_blocks(
             _enter(running, resumed)
     for index in range(first, len(decoder.blocks)):
         yield _quantize_block(job, index, running)
+        release_freed()
 
 
 @torch.inference_mode()
@@ -272,9 +274,7 @@ class _Job:
     @property
     def sequential(self) -> bool:
         """Return whether a site is calibrated behind the quantised sites before it in its block."""
-        settings = self.settings
-        rounds = settings.rounding.kind != "nearest" or settings.rounding.polish > 0
-        return rounds or settings.static_from_calibration
+        return self.settings.rounds or self.settings.static_from_calibration
 
     def known(self, site: Site) -> SiteStatistics:
         """Return what is cached of the pool for a site."""
@@ -287,6 +287,9 @@ def _start(job: _Job, sequences: Sequence[Tokens], memory: Memory) -> Calibratio
     gram = job.settings.gram
     if gram.prefixes:
         sequences = [sequence[:length] for sequence in sequences for length in gram.prefixes if length <= len(sequence)]
+    if not sequences:
+        shortest = f" of at least {min(gram.prefixes)} tokens (quantization.gram.prefixes)" if gram.prefixes else ""
+        raise QuantizationError(f"There is no calibration sample{shortest}.")
     return start_calibration(
         job.decoder,
         sequences,
@@ -355,7 +358,7 @@ def _first_look(
     scales = settings.scaling.search != "none"
     if not settings.reads_inputs or (job.sequential and not scales):
         return {}
-    if running is None:
+    if running is None or settings.gram.source == "pool":
         return {site.order: job.known(site) for site in sites}
     wanted = Wanted(gram=True, magnitude=scales, peak=settings.scaling.search == "smooth")
     found = {order: sums.statistics() for order, sums in block_sums(block, sites, running, wanted).items()}
@@ -385,6 +388,8 @@ def _site_statistics(
         return found
     known = job.known(site)
     known = known if scale is None else known.scaled(scale)
+    if settings.gram.source == "pool":  # the samples are only asked how large inputs get
+        return replace(known, histogram=found.histogram, largest=found.largest)
     if settings.reads_pool_gram:
         found = blended(found, known, settings.gram.pool_share)
     return replace(found, pool_energy=known.pool_energy)
@@ -393,9 +398,9 @@ def _site_statistics(
 def wanted_sums(settings: Quantization) -> Wanted:
     """Return what rounding reads of the calibration inputs."""
     return Wanted(
-        gram=settings.reads_inputs,
+        gram=settings.reads_inputs and settings.gram.source != "pool",
         validation=settings.validates,
-        spread=settings.shrinkage.strength == "ledoit_wolf",
+        spread=settings.reads_spread,
         magnitude=settings.damping.weights == "saliency",
         drift=settings.target.kind != "weights",
         histogram=settings.static_from_calibration,
@@ -424,10 +429,16 @@ def _quantize_site(
     settings, note = job.settings, scaled.note
     modules = [linear_of(block, name) for name in site.linears]
     widened = settings.activations.kind != "none"
-    few = expert_of(block, site) is not None and statistics.tokens < settings.gram.expert_tokens
+    is_expert = expert_of(block, site) is not None
+    few = is_expert and statistics.tokens < settings.gram.expert_tokens
     if few and settings.reads_inputs:
         note = f"rounded to nearest: {statistics.tokens} calibration tokens reached this expert"
-        settings, statistics = without_inputs(settings), SiteStatistics(tokens=statistics.tokens)
+        settings = without_inputs(settings)
+        statistics = SiteStatistics(
+            tokens=statistics.tokens, histogram=statistics.histogram, largest=statistics.largest
+        )
+    elif is_expert and settings.target.kind != "weights":
+        note = f"target {settings.target.kind} left out: an expert's tokens are not the same in both models"
     try:
         solved = solve_site([m.weight.data for m in modules], statistics, settings, DTYPES[job.storage_dtype])
     except QuantizationError as cause:
@@ -440,7 +451,8 @@ def _quantize_site(
         linear = QuantizedLinear(
             full_name, weight.codes, weight.scale, weight.zero, weight.salient, input_scale, widened
         )
-        report = _report(full_name, weight, solved, statistics, scaled, note)
+        said = "; ".join(filter(None, (note, solved.note)))
+        report = _report(full_name, weight, solved, statistics, scaled, said)
         module.weight.data = dequantized(linear, module.weight.dtype)
         if settings.activations.kind != "none":
             step = None if input_scale is None else input_scale.to(module.weight.dtype)
@@ -451,7 +463,8 @@ def _quantize_site(
 def without_inputs(settings: Quantization) -> Quantization:
     """Return settings for the same grid that read nothing of the inputs: round to nearest."""
     kept = {"bits", "group_size", "symmetric", "storage_dtype", "salient", "activations"}
-    return Quantization(method="rtn", **settings.model_dump(include=kept))
+    ranges = {"ranges": {"search": "mse"}} if settings.ranges.search == "mse" else {}
+    return Quantization(method="rtn", **settings.model_dump(include=kept), **ranges)
 
 
 def _input_scale(job: _Job, site: Site, statistics: SiteStatistics, scale: Tensor | None) -> Tensor | None:

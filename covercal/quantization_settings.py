@@ -27,6 +27,12 @@ class Ranges(Choice):
     )
     shrink: float = Field(0.5, gt=0, lt=1, description="smallest factor that is tried")
     steps: int = Field(20, ge=1, description="factors that are tried below 1")
+    refit: int = Field(
+        0,
+        ge=0,
+        description="times that scales are fitted to the codes, by least squares on the output; between two of them "
+        "everything is rounded again",
+    )
 
 
 class Scaling(Choice):
@@ -242,12 +248,13 @@ class Quantization(Section):
     @property
     def reads_inputs(self) -> bool:
         """Whether anything depends on what the linears' inputs are like."""
-        return (
-            self.rounding.kind != "nearest"
-            or self.rounding.polish > 0
-            or self.scaling.search != "none"
-            or self.ranges.search in ("weighted", "output")
-        )
+        return self.rounds or self.scaling.search != "none" or self.ranges.search in ("weighted", "output")
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything beyond rounding to nearest uses a regularised Gram matrix."""
+        refines = self.rounding.polish > 0 or self.ranges.refit > 0
+        return self.rounding.kind != "nearest" or refines or self.target.kind == "coreq"
 
     @property
     def reads_pool_gram(self) -> bool:
@@ -258,14 +265,19 @@ class Quantization(Section):
     def reads_statistics(self) -> bool:
         """Whether the pool's cached statistics are needed."""
         static = self.activations.kind == "static" and self.activations.source == "statistics"
-        return static or (self.shrinkage.towards == "pool" and self.shrinkage.strength != 0)
+        return static or (self.rounds and self.shrinkage.towards == "pool" and self.shrinkage.strength != 0)
 
     @property
     def validates(self) -> bool:
         """Whether a regularisation is chosen on held-out sequences."""
         by_saliency = self.damping.weights == "saliency"
         named = "validated" in (self.shrinkage.strength, self.damping.strength)
-        return named or (by_saliency and self.damping.gamma == "validated")
+        return self.rounds and (named or (by_saliency and self.damping.gamma == "validated"))
+
+    @property
+    def reads_spread(self) -> bool:
+        """Whether it matters how much sequences differ."""
+        return self.rounds and self.shrinkage.strength == "ledoit_wolf"
 
     @property
     def packable(self) -> bool:
@@ -280,20 +292,40 @@ class Quantization(Section):
     def key_material(self) -> dict[str, Any]:
         """Return what can change the result: not the preset's name, nor what nothing reads."""
         value = self.model_dump(mode="json", exclude={"method"})
-        unread = [name for name, is_read in self._read_sections().items() if not is_read]
-        return {name: each for name, each in value.items() if name not in unread}
+        for name, is_read in self._read().items():
+            section, _, inner = name.partition(".")
+            if not is_read and section in value:
+                (value[section] if inner else value).pop(inner or section)
+        return value
 
-    def _read_sections(self) -> dict[str, bool]:
-        rounds = self.rounding.kind != "nearest" or self.rounding.polish > 0
+    def _read(self) -> dict[str, bool]:
+        """Return for sections, and fields of sections, that something must be so for them to be read."""
+        scaling, activations = self.scaling, self.activations
+        static = activations.kind == "static"
         return {
-            "activation_order": self.rounding.kind != "nearest",
+            "activation_order": self.rounds,
             "scaling": self.scaling.search != "none",
             "gram": self.reads_inputs,
-            "shrinkage": rounds,
-            "damping": rounds,
+            "shrinkage": self.rounds,
+            "damping": self.rounds,
             "target": self.target.kind != "weights",
             "salient": self.salient.share > 0,
-            "activations": self.activations.kind != "none",
+            "activations": activations.kind != "none",
+            "ranges.shrink": self.ranges.search != "min_max",
+            "ranges.steps": self.ranges.search != "min_max",
+            "ranges.refit": self.ranges.refit > 0,
+            "scaling.loss": scaling.search in ("awq", "duo"),
+            "scaling.steps": scaling.search in ("awq", "duo"),
+            "scaling.regularization": scaling.search in ("awq", "duo"),
+            "scaling.strength": scaling.search in ("awq", "duo") and scaling.regularization != "none",
+            "scaling.power": scaling.search == "smooth",
+            "gram.pool_share": self.gram.source == "blend",
+            "shrinkage.towards": self.shrinkage.strength != 0,
+            "damping.gamma": self.damping.weights == "saliency",
+            "rounding.width": self.rounding.kind == "beam",
+            "activations.ranges": static,
+            "activations.source": static,
+            "activations.percentile": static and activations.ranges == "percentile",
         }
 
 
@@ -333,6 +365,8 @@ def conflicts(settings: Quantization) -> list[str]:
         found.append("scaling.loss: module runs the module on the chosen samples; `gram: pool` needs `loss: linear`")
     if settings.shrinkage.towards == "pool" and gram.source == "pool":
         found.append("with `gram: pool` the Gram matrix's own diagonal is the pool's: leave shrinkage.towards at own")
+    if settings.shrinkage.strength == "ledoit_wolf" and gram.source == "pool" and settings.scaling.search != "none":
+        found.append("shrinkage: ledoit_wolf is not known for scaled inputs of the pool; give a number, or no scaling")
     if gram.prefixes and gram.source == "pool":
         found.append("gram.prefixes are of the chosen samples; `gram: pool` calibrates on none")
     if activations.kind != "none" and settings.salient.share > 0:

@@ -216,7 +216,7 @@ def _reduced_rows(x: Tensor, rows: Tensor, samples: int, length: int, skip_token
     magnitude = kept.abs()
     nothing = torch.zeros((samples, x.shape[1]), device=x.device)
     return _Reduced(
-        nothing.index_reduce(0, owner, magnitude, "amax"),
+        nothing.scatter_reduce(0, owner[:, None].expand_as(magnitude), magnitude, "amax"),
         nothing.index_add(0, owner, magnitude),
         nothing.index_add(0, owner, magnitude.square()),
         nothing.index_add(0, owner, kept),

@@ -1,8 +1,8 @@
 """A model's weights read from its safetensors files one block at a time, converted as transformers would."""
 
 import copy
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +48,14 @@ class StreamedWeights:
     device
         Where weights are put.
 
-    Raises
-    ------
-    InputError
-        When a file names a weight that cannot be placed.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, blocks_path: str, device: torch.device) -> None:
-        self._model, self._path, self._device = model, blocks_path, device
+        self._model, self._path, self.device = model, blocks_path, device
         self._mapping = get_model_conversion_mapping(model)
         self._blocks: dict[int, dict[str, Path]] = {}
         self._rest: dict[str, Path] = {}
+        self._targets: dict[str, str] = {}  # what a tensor of the files is called in the model
         renamings = [each for each in self._mapping if isinstance(each, WeightRenaming)]
         converters = [each for each in self._mapping if isinstance(each, WeightConverter)]
         names = model.state_dict()
@@ -69,13 +66,31 @@ class StreamedWeights:
                 target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
                 index = self._block_of(target)
                 (self._rest if index is None else self._blocks.setdefault(index, {}))[key] = path
+                self._targets[key] = target
 
-    def load_rest(self) -> None:
-        """Load everything outside the blocks into the model."""
-        self._load(self._rest)
-        self._model.tie_weights()
+    @contextmanager
+    def rest(self, *, head: bool) -> Iterator[None]:
+        """Have what is outside the blocks in the model for a while; without its language-model head if that is apart.
+
+        Raises
+        ------
+        InputError
+            When the files lack one of its weights.
+        """
         inside = f"{self._path}."
-        _check_loaded((n, p) for n, p in self._model.named_parameters() if not n.startswith(inside))
+        outside = [(name, p) for name, p in self._model.named_parameters() if not name.startswith(inside)]
+        body = {id(parameter) for parameter in self._model.get_decoder().parameters()}
+        apart = set() if head else {name for name, parameter in outside if id(parameter) not in body}
+        missing = self._load({key: path for key, path in self._rest.items() if self._targets[key] not in apart})
+        self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        names = {name for name, _ in outside} - apart
+        _check_loaded((n, p) for n, p in self._model.named_parameters() if n in names)
+        try:
+            yield
+        finally:
+            for name, empty in outside:
+                _place(self._model, name, empty)
+            self._model.tie_weights()
 
     def block(self, index: int) -> nn.Module:
         """Return a block with its weights, which the caller owns; the model's own block stays empty.
@@ -83,7 +98,7 @@ class StreamedWeights:
         Raises
         ------
         InputError
-            When the files lack one of its weights.
+            When the files lack one of its weights, or have it in another shape.
         """
         empty = self._model.get_submodule(f"{self._path}.{index}")
         kept = dict(empty.named_parameters())
@@ -91,9 +106,10 @@ class StreamedWeights:
         self._load(self._blocks.get(index, {}))
         _check_loaded((f"{self._path}.{index}.{name}", p) for name, p in empty.named_parameters())
         for name, parameter in list(empty.named_parameters()):
-            _place(loaded, name, parameter)
+            # a copy: what lies in a mapped file stays in memory as long as any weight of the file does
+            _place(loaded, name, nn.Parameter(parameter.data.clone(), requires_grad=False))
             _place(empty, name, kept[name])
-        block: nn.Module = loaded.to(self._device).eval().requires_grad_(False)
+        block: nn.Module = loaded.to(self.device).eval().requires_grad_(False)
         return block
 
     def _block_of(self, name: str) -> int | None:
@@ -101,14 +117,22 @@ class StreamedWeights:
         number = name.removeprefix(inside).split(".", 1)[0]
         return int(number) if name.startswith(inside) and number.isdecimal() else None
 
-    def _load(self, places: dict[str, Path]) -> None:
+    def _load(self, places: dict[str, Path]) -> set[str]:
+        """Load some tensors of the files into the model; returns what is missing of the whole model then."""
         with ExitStack() as stack:
             files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(places.values())}
             slices = {key: files[path].get_slice(key) for key, path in places.items()}
             settings = LoadStateDictConfig(
-                device_map={"": str(self._device)}, dtype=self._model.dtype, weight_mapping=self._mapping
+                device_map={"": str(self.device)}, dtype=self._model.dtype, weight_mapping=self._mapping
             )
-            convert_and_load_state_dict_in_model(self._model, slices, settings)
+            info, _ = convert_and_load_state_dict_in_model(self._model, slices, settings)
+        for name, found, wanted in sorted(info.mismatched_keys):
+            raise InputError(f"The weight {name} has shape {tuple(found)} in the model's files, not {tuple(wanted)}.")
+        for name, fault in info.conversion_errors.items():
+            raise InputError(f"The weight {name} of the model's files cannot be converted: {fault}")
+        self._model.requires_grad_(False)
+        missing: set[str] = info.missing_keys
+        return missing
 
 
 def _check_loaded(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:

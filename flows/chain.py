@@ -291,7 +291,7 @@ def _pool_inputs(recipe: Recipe, execution: Execution, measured: Measured, place
             **place,
             "pool": measured.pool,
             "weight": settings.gram.weight,
-            "spread": settings.shrinkage.strength == "ledoit_wolf",
+            "spread": settings.reads_spread,
         }
         gram = execution.run("gram", sum_gram, **common, shards=measured.shards)
         apart = held_out_shards(measured.shards) if settings.validates else ()

@@ -219,6 +219,9 @@ def references(value: Any) -> Iterator[Ref]:
     elif isinstance(value, tuple | list):
         for each in value:
             yield from references(each)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from references(getattr(value, field.name))
 
 
 def _dashboard_progress(label: str) -> Callable[[Progress], None]:

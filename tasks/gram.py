@@ -40,11 +40,12 @@ VECTORS = "vectors.parquet"
 PART_SITES = "sites.json"
 LEAVING = "leaving.safetensors"
 LEAVING_SECONDS = 30.0  # hidden states are kept to resume from at most so often: they are large
+NUMBERS = ("weight", "mean_square", "concentration", "sequences", "tokens")  # of a site, as `PoolSite` has them
 FLOAT_BYTES = 4
 ARRAY_FILES = ("zarr.json", "c/0/0")
 
 
-@cached("gram", version=1, ignored=("imported", "pool", "device"), names={"dtype": "model.dtype"})
+@cached("gram", version=2, ignored=("imported", "pool", "device"), names={"dtype": "model.dtype"})
 def sum_gram(
     build: Build,
     *,
@@ -131,6 +132,7 @@ def _write_block(folder: Path, block: "PoolBlock", *, keep_leaving: bool) -> Non
             "channels": len(site.magnitude),
             "weight": site.weight,
             "mean_square": site.mean_square,
+            "concentration": site.concentration,
             "sequences": site.sequences,
             "tokens": site.tokens,
             "magnitude": site.magnitude.tolist(),
@@ -186,7 +188,7 @@ def _collect(build: Build, blocks: int) -> list[dict[str, Any]]:
             target = build.folder / _array(index) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             share_file(part / _array(index) / name, target)
-    plain = ("site", "block", "order", "channels", "offset", "weight", "mean_square", "sequences", "tokens")
+    plain = ("site", "block", "order", "channels", "offset", *NUMBERS)
     write_table(build.folder / SITES, {name: pa.array([row[name] for row in rows]) for name in plain})
     write_table(
         build.folder / VECTORS,
@@ -239,10 +241,7 @@ class CachedGram:
             gram,
             vectors["magnitude"],
             vectors["peak"],
-            row["weight"],
-            row["mean_square"],
-            row["sequences"],
-            row["tokens"],
+            *(row[name] for name in NUMBERS),
         )
 
 
@@ -312,6 +311,7 @@ class CachedPool:
 
         from covercal.gram import WIDE_CHANNELS, SiteStatistics
         from covercal.pool_gram import symmetric
+        from covercal.quantizers.regularization import ledoit_wolf_share
 
         if self._gram is None:
             raise ValueError("no Gram matrices of the pool were given")
@@ -332,6 +332,10 @@ class CachedPool:
             magnitude=torch.from_numpy(kept.magnitude.copy()).to(self.device),
             peak=torch.from_numpy(kept.peak.copy()).to(self.device),
             mean_square=kept.mean_square,
+            concentration=kept.concentration,
+            ledoit_wolf=ledoit_wolf_share(whole, kept.mean_square, kept.concentration)
+            if kept.concentration
+            else math.nan,
             sequences=kept.sequences,
             tokens=kept.tokens,
             weight=kept.weight,

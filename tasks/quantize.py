@@ -91,7 +91,7 @@ class PoolInputs:
 NO_POOL = PoolInputs()
 
 
-@cached("block", version=1, ignored=("imported", "device"), names={"dtype": "model.dtype"})
+@cached("block", version=2, ignored=("imported", "device"), names={"dtype": "model.dtype"})
 def quantize_block(
     build: Build,
     *,
@@ -120,7 +120,7 @@ def quantize_block(
 
 @cached(
     "checkpoint",
-    version=3,
+    version=4,
     ignored=("imported", "pool", "device"),
     names={"dtype": "model.dtype"},
 )
@@ -260,6 +260,7 @@ def _quantize_blocks(
             _write_leaving(folder, block.leaving)
         if block.index:  # only the newest are needed, and they are large
             shutil.rmtree(build.work / _part(block.index - 1) / LEAVING, ignore_errors=True)
+        del block  # or it is held while the next one is made
         advance(1)
     reports = []
     for index in range(count):

@@ -13,7 +13,7 @@ BLOCK_COLUMNS = 64
 
 @dataclass(slots=True)
 class _Beams:
-    """Partial roundings of every row, in the order of rounding.
+    """Partial roundings of every row, at the factor's places.
 
     Attributes
     ----------
@@ -31,7 +31,7 @@ class _Beams:
 def round_by_beam(target: Tensor, factor: Factor, levels: Levels, width: int) -> Tensor:
     """Return the levels of the best of `width` partial roundings that every row keeps.
 
-    The loss of a row is the sum over columns of diagonal[k]**2 (t_k - q_k)**2, which is ||W - Q||**2 in the metric of
+    The loss of a row is the sum over columns of roots[j]**2 (t_j - q_j)**2, which is ||W - Q||**2 in the metric of
     the factor's Gram matrix. A width of 1 is `round_sequentially`.
 
     Parameters
@@ -48,64 +48,58 @@ def round_by_beam(target: Tensor, factor: Factor, levels: Levels, width: int) ->
     rounded
         float64 (columns, rows).
     """
-    columns, rows = target.shape
-    order = factor.order.tolist()
-    ordered = target[factor.order]
-    squares = factor.diagonal.square()
-    shape = (columns, width, rows)
+    count, rows = target.shape
+    columns = factor.columns.tolist()
+    squares = factor.roots.square()
     loss = torch.full((width, rows), torch.inf, dtype=target.dtype, device=target.device)
     loss[0] = 0.0
-    beams = _Beams(
-        loss, torch.empty(shape, dtype=target.dtype, device=target.device), torch.empty_like(target)[:, None]
-    )
-    beams.errors = torch.empty_like(beams.rounded)
-    for start in range(0, columns, BLOCK_COLUMNS):
-        end = min(start + BLOCK_COLUMNS, columns)
-        pulled = torch.mm(factor.feedback[:start, start:end].T, beams.errors[:start].reshape(start, width * rows))
-        wanted = ordered[start:end, None, :] + pulled.reshape(end - start, width, rows)
-        origin = torch.arange(width, device=target.device)[:, None].expand(width, rows).clone()
-        for step in range(start, end):
-            here = step - start
-            value = wanted[here]
-            if here:
-                block = factor.feedback[start:step, step]
-                value = value + torch.tensordot(block, beams.errors[start:step], dims=1)
-            tried, allowed = levels.around(value, order[step], width)
-            cost = beams.loss[..., None] + squares[step] * (tried - value[..., None]).square()
-            cost = torch.where(allowed, cost, torch.inf)
-            best, parents, found = _best(cost, tried, width)
-            _continue(beams, start, step, parents)
-            wanted[here + 1 :] = _picked(wanted[here + 1 :], parents)
+    rounded, errors = (target.new_empty((count, width, rows)) for _ in range(2))
+    beams = _Beams(loss, rounded, errors)
+    for end in range(count, 0, -BLOCK_COLUMNS):
+        start = max(end - BLOCK_COLUMNS, 0)
+        ordered = target[factor.columns[start:end]]
+        pulled = torch.mm(factor.lower[end:, start:end].T, beams.errors[end:].reshape(count - end, width * rows))
+        wanted = ordered[:, None, :] + pulled.reshape(end - start, width, rows)
+        origin = torch.arange(width, device=target.device)[:, None].expand(width, rows)
+        for place in range(end - 1, start - 1, -1):
+            here = place - start
+            later = factor.lower[place + 1 : end, place]
+            value = wanted[here] + torch.tensordot(later, beams.errors[place + 1 : end], dims=1)
+            tried, allowed = levels.around(value, columns[place], width)
+            cost = beams.loss[..., None] + squares[place] * (tried - value[..., None]).square()
+            best, parents, found = _best(torch.where(allowed, cost, torch.inf), tried, width)
+            for kept in (beams.rounded[place + 1 : end], beams.errors[place + 1 : end], wanted[:here]):
+                kept.copy_(_picked(kept, parents))
             origin = origin.gather(0, parents)
-            beams.loss, beams.rounded[step] = best, found
-            beams.errors[step] = ordered[step] - found
-        if start:
-            beams.rounded[:start] = _picked(beams.rounded[:start], origin)
-            beams.errors[:start] = _picked(beams.errors[:start], origin)
+            beams.loss, beams.rounded[place] = best, found
+            beams.errors[place] = ordered[here] - found
+        for kept in (beams.rounded[end:], beams.errors[end:]):
+            kept.copy_(_picked(kept, origin))
     winner = beams.loss.argmin(dim=0)
-    chosen = beams.rounded.gather(1, winner.expand(columns, 1, rows)).squeeze(1)
-    rounded = torch.empty_like(target)
-    rounded[factor.order] = chosen
-    return rounded
+    chosen = torch.empty_like(target)
+    chosen[factor.columns] = beams.rounded.gather(1, winner.expand(count, 1, rows)).squeeze(1)
+    return chosen
 
 
 def _best(cost: Tensor, tried: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, parent and level of the `width` cheapest of all continuations, (width, rows) each.
+    """Return loss, parent and level of the `width` continuations that are kept, (width, rows) each.
 
-    `cost` and `tried` are (width, rows, candidates). Among equals the earlier parent and the lower level come first.
+    Beam k is the cheapest continuation of beams 0 to k that no earlier beam has taken. The first k beams are thus those
+    of a search of width k, and a wider search never ends with a larger loss (MonoBeam: Lemons et al., "Beam Search:
+    Faster and Monotonic", ICAPS 2022); the plain rule, the cheapest of all, does not promise that. Among equals the
+    earlier parent and the lower level come first.
+
+    `cost` and `tried` are (width, rows, candidates).
     """
-    beams, rows, candidates = cost.shape
-    flat = cost.transpose(0, 1).reshape(rows, beams * candidates)
-    order = torch.argsort(flat, dim=1, stable=True)[:, :width]
-    found = tried.transpose(0, 1).reshape(rows, beams * candidates).gather(1, order)
-    return flat.gather(1, order).T.contiguous(), (order // candidates).T.contiguous(), found.T.contiguous()
-
-
-def _continue(beams: _Beams, start: int, step: int, parents: Tensor) -> None:
-    """Let every beam take over what its parent has rounded since `start`."""
-    if step > start:
-        beams.rounded[start:step] = _picked(beams.rounded[start:step], parents)
-        beams.errors[start:step] = _picked(beams.errors[start:step], parents)
+    rows, candidates = cost.shape[1:]
+    flat = cost.transpose(0, 1).reshape(rows, width * candidates)
+    losses = cost.new_empty((width, rows))
+    chosen = torch.empty((width, rows), dtype=torch.int64, device=cost.device)
+    for beam in range(width):
+        losses[beam], chosen[beam] = flat[:, : (beam + 1) * candidates].min(dim=1)
+        flat.scatter_(1, chosen[beam, :, None], torch.inf)
+    found = tried.transpose(0, 1).reshape(rows, width * candidates).gather(1, chosen.T)
+    return losses, chosen // candidates, found.T.contiguous()
 
 
 def _picked(values: Tensor, parents: Tensor) -> Tensor:

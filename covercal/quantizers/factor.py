@@ -7,6 +7,7 @@ from torch import Tensor
 
 from covercal.errors import QuantizationError
 
+CHECKED_ROWS = 512
 DAMPING_GROWTH = 10.0
 DAMPING_LIMIT = 10.0  # growth ends with the first attempt at or above it
 DAMPING_START = 1e-4  # where growth starts when the recipe asks for no damping
@@ -14,17 +15,17 @@ DAMPING_START = 1e-4  # where growth starts when the recipe asks for no damping
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """The upper triangular R of a damped Gram matrix, H = R R^T, columns in the order of rounding.
+    """The Cholesky factor L of a regularised Gram matrix, H = L L^T, columns in the reverse order of rounding.
 
     Attributes
     ----------
-    feedback
-        (columns, columns): R with each column divided by its diagonal; above the diagonal, entry (j, k) is the share of
-        column j's error that column k makes good.
-    diagonal
-        (columns,): R's diagonal. The loss of column k is diagonal[k]**2 times the square of its rounding error.
-    order
-        int64 (columns,): the column that is rounded at each step.
+    lower
+        (columns, columns): L with each column divided by its diagonal; below the diagonal, entry (k, j) is the share of
+        column k's error that column j, which is rounded later, makes good.
+    roots
+        (columns,): L's diagonal. The loss of column j is roots[j]**2 times the square of its rounding error.
+    columns
+        int64 (columns,): the column at each place of the above; the last is rounded first.
     damping
         Relative damping that was used, after any growth.
     attempts
@@ -33,25 +34,45 @@ class Factor:
         Channels that no calibration token ever used.
     """
 
-    feedback: Tensor
-    diagonal: Tensor
-    order: Tensor
+    lower: Tensor
+    roots: Tensor
+    columns: Tensor
     damping: float
     attempts: int
     dead: int
 
+    @property
+    def order(self) -> Tensor:
+        """Return the columns in the order of rounding."""
+        return self.columns.flip(0)
+
+    @property
+    def feedback(self) -> Tensor:
+        """Return `lower` in the order of rounding: above the diagonal, (j, k) is what k takes of j's error."""
+        return self.lower.flip(0, 1)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Return `roots` in the order of rounding."""
+        return self.roots.flip(0)
+
     def solve(self, matrix: Tensor) -> Tensor:
         """Return matrix @ H^-1, (rows, columns), columns in their natural order."""
-        upper = self.feedback * self.diagonal
-        turned = matrix[:, self.order].T
-        half = torch.linalg.solve_triangular(upper, turned, upper=True)
         found = torch.empty_like(matrix)
-        found[:, self.order] = torch.linalg.solve_triangular(upper.T, half, upper=False).T
+        found[:, self.columns] = torch.cholesky_solve(matrix[:, self.columns].T, self.lower * self.roots).T
         return found
 
 
-def factorize(gram: Tensor, damping: float, *, activation_order: bool, weights: Tensor | None = None) -> Factor:
-    """Return the factor of H + damping * mean(diag H) * diag(weights).
+def factorize(
+    gram: Tensor,
+    damping: float,
+    *,
+    activation_order: bool,
+    weights: Tensor | None = None,
+    shrinkage: float = 0.0,
+    towards: Tensor | None = None,
+) -> Factor:
+    """Return the factor of a shrunk Gram matrix H + damping * mean(diag H) * diag(weights).
 
     Parameters
     ----------
@@ -64,6 +85,8 @@ def factorize(gram: Tensor, damping: float, *, activation_order: bool, weights: 
         Whether columns are rounded in the order of falling diagonal of H (the lowest index first among equals).
     weights
         (columns,), 1 on average; without them all channels are damped alike.
+    shrinkage, towards
+        See `regularization.shrunk`.
 
     Raises
     ------
@@ -72,36 +95,58 @@ def factorize(gram: Tensor, damping: float, *, activation_order: bool, weights: 
 
     Notes
     -----
-    With columns reversed, R is the lower Cholesky factor, so that nothing is inverted. Rounding with R is GPTQ: GPTQ's
-    factor of the inverse is R's inverse (arXiv 2507.18553; CoreQ's successive rounding, arXiv 2602.05902).
+    Nothing is inverted, and beside the Gram matrix one more of its size is held. Rounding with L, the last column
+    first, is GPTQ: in that order, GPTQ's factor of the inverse is the inverse of this factor (arXiv 2507.18553;
+    CoreQ's successive rounding, arXiv 2602.05902).
     """
-    if not torch.isfinite(gram).all():
+    if not is_finite(gram):
         raise QuantizationError("its Gram matrix holds NaN or infinity")
-    diagonal, dead = live_diagonal(gram)
+    plain = shrunk_diagonal(gram, shrinkage, towards)
+    diagonal, dead = live_diagonal(plain)
     mean = diagonal.mean()
-    steps = torch.arange(len(diagonal), device=gram.device)
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True) if activation_order else steps
-    backwards = order.flip(0)
+    places = torch.arange(len(diagonal), device=gram.device)
+    columns = (torch.argsort(plain, descending=True, stable=True) if activation_order else places).flip(0)
     attempts = 0
     while True:
         attempts += 1
         added = damping * mean if weights is None else damping * mean * weights
-        damped = gram[backwards][:, backwards]
-        damped.diagonal().copy_((diagonal + added)[backwards])
-        failed = torch.empty((), dtype=torch.int32, device=gram.device)
-        lower, failed = torch.linalg.cholesky_ex(damped, out=(damped, failed))  # in place
-        if not failed:
-            upper = lower.flip(0, 1)
-            roots = upper.diagonal().clone()
-            return Factor(upper.div_(roots), roots, order, damping, attempts, int(dead.sum()))
+        damped = gram[columns[:, None], columns]
+        if shrinkage:
+            damped.mul_(1.0 - shrinkage)
+        damped.diagonal().copy_((diagonal + added)[columns])
+        if _in_place_cholesky(damped):
+            roots = damped.diagonal().clone()
+            return Factor(damped.div_(roots), roots, columns, damping, attempts, int(dead.sum()))
         if damping >= DAMPING_LIMIT:
             raise QuantizationError(f"its Gram matrix cannot be factorised, not even with damping {damping:g}")
         damping = max(damping * DAMPING_GROWTH, DAMPING_START)
 
 
-def live_diagonal(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the diagonal with the mean of the others (or 1) where no token used a channel, and where that is."""
-    diagonal = gram.diagonal().clone()
-    dead = diagonal <= 0
-    diagonal[dead] = diagonal[~dead].mean() if not dead.all() else 1.0
-    return diagonal, dead
+def _in_place_cholesky(matrix: Tensor) -> bool:
+    """Replace a symmetric matrix by its lower Cholesky factor; returns whether it has one.
+
+    The upper factor of a matrix stored by columns, which is what LAPACK works on, is the lower factor stored by rows.
+    """
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix.mT, upper=True, out=(matrix.mT, failed))
+    return not failed
+
+
+def is_finite(matrix: Tensor) -> bool:
+    """Return whether no entry is NaN or infinite; some rows at a time, for the check copies what it looks at."""
+    starts = range(0, len(matrix), CHECKED_ROWS)
+    return all(bool(torch.isfinite(matrix[start : start + CHECKED_ROWS]).all()) for start in starts)
+
+
+def shrunk_diagonal(gram: Tensor, share: float, towards: Tensor | None) -> Tensor:
+    """Return the diagonal of a shrunk Gram matrix: its own, or its own and a share of another."""
+    own = gram.diagonal()
+    return own.clone() if towards is None else (1.0 - share) * own + share * towards.to(own.dtype)
+
+
+def live_diagonal(diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a diagonal with the mean of the others (or 1) where no token used a channel, and where that is."""
+    live = diagonal.clone()
+    dead = live <= 0
+    live[dead] = live[~dead].mean() if not dead.all() else 1.0
+    return live, dead

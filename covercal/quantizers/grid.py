@@ -59,6 +59,17 @@ class Grid:
         repeat = columns // self.scale.shape[1]
         return self.scale.repeat_interleave(repeat, dim=1), self.zero.repeat_interleave(repeat, dim=1)
 
+    def codes(self, values: Tensor) -> Tensor:
+        """Return the nearest codes of values (rows, columns), uint8."""
+        groups = values.reshape(*self.scale.shape, -1)
+        codes = quantize(groups, self.scale[..., None], self.zero[..., None], self.settings.bits)
+        return codes.to(torch.uint8).reshape(values.shape)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Return the values of codes (rows, columns)."""
+        groups = codes.reshape(*self.scale.shape, -1).to(self.scale.dtype)
+        return dequantize(groups, self.scale[..., None], self.zero[..., None]).reshape(codes.shape)
+
     def rows(self, rows: slice) -> "Grid":
         """Return the grid of some rows."""
         return replace(self, scale=self.scale[rows], zero=self.zero[rows])
@@ -96,7 +107,7 @@ def searched_grid(weight: Tensor, settings: GridSettings, factors: list[float], 
     factors
         1 and less, the ones to prefer first: a later one has to be better.
     error
-        Maps differences of weights, (rows, groups, group size), to what they cost, (rows, groups).
+        Maps differences of weights, float32 (rows, groups, group size), to what they cost, (rows, groups).
 
     Raises
     ------
@@ -105,15 +116,23 @@ def searched_grid(weight: Tensor, settings: GridSettings, factors: list[float], 
     """
     groups = grouped(weight, settings.group_size)
     low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
-    best, least = _spanning(low, high, settings), torch.full_like(low, torch.inf)
-    for factor in factors:
+    best = _spanning(low * factors[0], high * factors[0], settings)
+    single = groups.float()
+    least = error(_rounding_errors(single, best))
+    for factor in factors[1:]:
         tried = _spanning(low * factor, high * factor, settings)
-        scale, zero = tried.scale[..., None], tried.zero[..., None]
-        cost = error(dequantize(quantize(groups, scale, zero, settings.bits), scale, zero).sub_(groups))
+        cost = error(_rounding_errors(single, tried))
         better = cost < least
         least = torch.where(better, cost, least)
         best = Grid(torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero, best.zero), settings)
     return best
+
+
+def _rounding_errors(groups: Tensor, grid: Grid) -> Tensor:
+    """Return what float32 weights (rows, groups, group size) gain by being rounded."""
+    scale, zero = grid.scale.float()[..., None], grid.zero.float()[..., None]
+    codes = (groups / scale).add_(zero).round_().clamp_(0, grid.settings.top)
+    return codes.sub_(zero).mul_(scale).sub_(groups)
 
 
 def squared_error(differences: Tensor) -> Tensor:
@@ -123,14 +142,15 @@ def squared_error(differences: Tensor) -> Tensor:
 
 def weighted_error(energy: Tensor, group_size: int | None) -> GroupError:
     """Return the error of a group's output when its inputs, of mean squares `energy` (columns,), are uncorrelated."""
-    by_group = energy.reshape(-1, group_size or energy.numel())
+    by_group = energy.float().reshape(-1, group_size or energy.numel())
     return lambda differences: (differences.square() * by_group).sum(dim=2)
 
 
 def output_error(gram: Tensor, group_size: int | None) -> GroupError:
     """Return the error of a group's output on the inputs of a Gram matrix (columns, columns), AWQ's clipping loss."""
     size = group_size or gram.shape[0]
-    blocks = torch.stack([gram[start : start + size, start : start + size] for start in range(0, gram.shape[0], size)])
+    starts = range(0, gram.shape[0], size)
+    blocks = torch.stack([gram[start : start + size, start : start + size].float() for start in starts])
 
     def error(differences: Tensor) -> Tensor:
         turned = differences.transpose(0, 1)

@@ -25,7 +25,7 @@ class SalientLevels:
         if self.bits == KEPT_BITS:
             return values.to(self.dtype).to(values.dtype)
         steps = torch.round((values - self.low[group]) / self.scale[group]).clamp_(0, 2**self.bits - 1)
-        return steps * self.scale[group] + self.low[group]
+        return (steps * self.scale[group] + self.low[group]).to(self.dtype).to(values.dtype)
 
 
 @dataclass(frozen=True, slots=True)

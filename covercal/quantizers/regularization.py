@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from covercal.quantizers.factor import live_diagonal, shrunk_diagonal
+
 SHRINKAGES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7)  # tried when shrinkage is validated
 DAMPINGS = (0.01, 0.05, 0.1, 0.25, 0.5)  # tried when uniform damping is validated
 SALIENCY_DAMPINGS = (0.25, 0.5, 0.75)  # SARQC-GBS's own grid, as is the next
@@ -30,18 +32,25 @@ class Regularization:
     gamma: float | None = None
 
 
-def shrunk(gram: Tensor, share: float, diagonal: Tensor | None = None) -> Tensor:
+def shrunk(gram: Tensor, share: float, towards: Tensor | None = None) -> Tensor:
     """Return (1 - share) H + share diag(H), or + share times another diagonal (columns,).
 
     Few calibration tokens know the diagonal far better than the rest.
     """
     smaller = (1.0 - share) * gram
-    own = gram.diagonal()
-    smaller.diagonal().copy_(own if diagonal is None else (1.0 - share) * own + share * diagonal)
+    smaller.diagonal().copy_(shrunk_diagonal(gram, share, towards))
     return smaller
 
 
-def ledoit_wolf_share(gram: Tensor, sequences: int, mean_square: float) -> float:
+def regularized(gram: Tensor, share: float, towards: Tensor | None, damping: float, weights: Tensor | None) -> Tensor:
+    """Return the matrix that `factorize` factorises, columns in their natural order."""
+    found = shrunk(gram, share, towards)
+    diagonal, _ = live_diagonal(found.diagonal())
+    found.diagonal().copy_(diagonal + damping * diagonal.mean() * (1.0 if weights is None else weights))
+    return found
+
+
+def ledoit_wolf_share(gram: Tensor, mean_square: float, concentration: float) -> float:
     """Return the share of shrinkage towards its own diagonal that has the least expected squared error.
 
     Ledoit and Wolf's estimator for the off-diagonal part (Journal of Multivariate Analysis 88, 2004; Schäfer and
@@ -50,23 +59,23 @@ def ledoit_wolf_share(gram: Tensor, sequences: int, mean_square: float) -> float
     Parameters
     ----------
     gram
-        (columns, columns): mean of the sequences' Gram matrices.
-    sequences
-        How many.
+        (columns, columns): weighted mean of the sequences' Gram matrices.
     mean_square
-        Mean over sequences of the sum of squares off the diagonal of each one's own Gram matrix.
+        Weighted mean over sequences of the sum of squares off the diagonal of each one's own Gram matrix.
+    concentration
+        Sum of the squares of the sequences' weights, which sum to 1: one over their number when all weigh the same.
 
     Returns
     -------
     share
         Between 0 and 1; 1 for fewer than two sequences, which say nothing of how sequences differ.
     """
-    if sequences < 2:
+    if not concentration < 1:
         return 1.0
     whole = off_diagonal_square(gram)
     if whole <= 0:
         return 0.0
-    variance = max(mean_square - whole, 0.0) / (sequences - 1)
+    variance = max(mean_square - whole, 0.0) * concentration / (1.0 - concentration)
     return min(variance / whole, 1.0)
 
 

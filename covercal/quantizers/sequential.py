@@ -12,42 +12,43 @@ BLOCK_COLUMNS = 64
 def round_sequentially(target: Tensor, factor: Factor, levels: Levels, drift: Tensor | None = None) -> Tensor:
     """Return the levels that keep the layer's output on the calibration inputs, column by column.
 
-    Step k rounds t_k = w_k + sum over j < k of (w_j - q_j) feedback[j, k], and with a drift also + t_j drift[j, k].
+    Column j is rounded from w_j + the sum over the columns k before it of (w_k - q_k) lower[k, j], and with a drift
+    also of t_k drift[k, j], where t_k is what column k was rounded from.
 
     Parameters
     ----------
     target
-        float64 (columns, rows): the weight, turned, so that a column lies in one piece of memory. Rows do not influence
-        each other.
+        (columns, rows): the weight, turned, so that a column lies in one piece of memory. Rows do not influence each
+        other.
     factor
         Of the Gram matrix.
     levels
         Static: made from the original weight, so that activation order keeps groups contiguous.
     drift
-        (columns, columns) above the diagonal, in the order of rounding: GPTAQ's correction, see `targets`.
+        (columns, columns) below the diagonal, at the factor's places: GPTAQ's correction, see `targets`.
 
     Returns
     -------
     rounded
-        float64 (columns, rows).
+        (columns, rows).
     """
-    feedback, order = factor.feedback, factor.order.tolist()
-    errors = torch.empty_like(target)  # in the order of rounding, as are the next two
+    lower, columns = factor.lower, factor.columns.tolist()
+    errors = torch.empty_like(target)  # at the factor's places, as are the values
     values = torch.empty_like(target) if drift is not None else None
-    ordered = target[factor.order]
     rounded = torch.empty_like(target)
-    for start in range(0, len(order), BLOCK_COLUMNS):
-        end = min(start + BLOCK_COLUMNS, len(order))
-        wanted = torch.addmm(ordered[start:end], feedback[:start, start:end].T, errors[:start])
+    for end in range(len(columns), 0, -BLOCK_COLUMNS):
+        start = max(end - BLOCK_COLUMNS, 0)
+        ordered = target[factor.columns[start:end]]
+        wanted = torch.addmm(ordered, lower[end:, start:end].T, errors[end:])
         if drift is not None and values is not None:
-            wanted.addmm_(drift[:start, start:end].T, values[:start])
-        for step in range(start, end):
-            value, later = wanted[step - start], wanted[step - start + 1 :]
-            found = levels.nearest(value, order[step])
-            error = torch.sub(ordered[step], found, out=errors[step])
-            later.addr_(feedback[step, step + 1 : end], error)
+            wanted.addmm_(drift[end:, start:end].T, values[end:])
+        for place in range(end - 1, start - 1, -1):
+            value, later = wanted[place - start], wanted[: place - start]
+            found = levels.nearest(value, columns[place])
+            error = torch.sub(ordered[place - start], found, out=errors[place])
+            later.addr_(lower[place, start:place], error)
             if drift is not None and values is not None:
-                values[step] = value
-                later.addr_(drift[step, step + 1 : end], value)
-            rounded[order[step]] = found
+                values[place] = value
+                later.addr_(drift[place, start:place], value)
+            rounded[columns[place]] = found
     return rounded

@@ -8,23 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from covercal.errors import QuantizationError
 from covercal.gram import SiteStatistics
 from covercal.quantization_settings import Quantization
 from covercal.quantizers.beam import round_by_beam
-from covercal.quantizers.factor import Factor, factorize, live_diagonal
+from covercal.quantizers.factor import Factor, factorize, is_finite
 from covercal.quantizers.grid import (
     Grid,
     GridSettings,
     GroupError,
+    grouped,
     min_max_grid,
     output_error,
-    quantize,
     searched_grid,
     squared_error,
     weighted_error,
 )
 from covercal.quantizers.levels import Levels
 from covercal.quantizers.polish import polish
+from covercal.quantizers.refit import refitted
 from covercal.quantizers.regularization import (
     DAMPINGS,
     GAMMAS,
@@ -32,14 +34,15 @@ from covercal.quantizers.regularization import (
     SHRINKAGES,
     Regularization,
     damping_weights,
-    ledoit_wolf_share,
-    shrunk,
+    regularized,
 )
 from covercal.quantizers.salient import salient_grid, salient_mask
 from covercal.quantizers.sequential import round_sequentially
 from covercal.quantizers.targets import carried_drift, corrected_target, mismatch, reachable_share
 
-SLAB_BYTES = 2**26  # of one float64 matrix of rows: rows are independent, so that only so many are worked on at once
+SLAB_BYTES = 2**24  # of one float64 matrix of rows: rows are independent, so that only so many are worked on at once
+REPORTED_ROWS = 2048  # at most, evenly spaced, from which a weight's output error is told
+NOTHING_HELD_OUT = "nothing was validated: too few sequences to hold some out, so that the first candidate was taken"
 VALIDATED_ROWS = 128  # rows on which regularisation is validated
 
 
@@ -87,6 +90,8 @@ class SolvedSite:
         What was used; None when nothing was rounded by a Gram matrix.
     factor_damping, attempts, dead
         See `Factor`; 0 without one.
+    note
+        What was done otherwise than asked, and why.
     """
 
     weights: tuple[Solved, ...]
@@ -94,6 +99,7 @@ class SolvedSite:
     factor_damping: float = 0.0
     attempts: int = 0
     dead: int = 0
+    note: str = ""
 
 
 def solve_site(
@@ -118,8 +124,8 @@ def solve_site(
         When a weight or the Gram matrix is not finite, a group size does not divide the columns, or a scale overflows.
     """
     grid_settings = GridSettings(settings.bits, settings.group_size, settings.symmetric, scale_dtype)
-    rounds = settings.rounding.kind != "nearest" or settings.rounding.polish > 0
-    found = _regularization(weights, statistics, settings, grid_settings) if rounds else None
+    check_inputs(weights, statistics, settings)
+    found = _regularization(weights, statistics, settings, grid_settings) if settings.rounds else None
     solver = _solver(weights, statistics, settings, found) if found is not None else None
     job = _Job(statistics, settings, grid_settings, solver)
     masks = [_mask(weight, settings) for weight in weights]
@@ -129,20 +135,43 @@ def solve_site(
     width = settings.rounding.width if settings.rounding.kind == "beam" else 1
     for pieces in row_pieces([len(weight) for weight in weights], weights[0].shape[1] * width):
         plain = [weights[index][rows].to(job.dtype) for index, rows in pieces]
-        target = torch.cat([_target(w, alphas[index], job) for w, (index, _) in zip(plain, pieces, strict=True)])
+        targets = [_target(weight, alphas[index], job) for weight, (index, _) in zip(plain, pieces, strict=True)]
+        target = targets[0] if len(targets) == 1 else torch.cat(targets)
         mask = _stacked([masks[index], rows] for index, rows in pieces)
         start = 0
         solved, rounded = _solve_rows(target, mask, job)
-        for weight, (index, _) in zip(plain, pieces, strict=True):
+        for weight, (index, place) in zip(plain, pieces, strict=True):
             rows = slice(start, start + len(weight))
             start = rows.stop
             parts[index].append(_some(solved, rows))
-            errors[index] += _squares(weight, rounded[rows], statistics.gram)
+            errors[index] += _squares(weight, rounded[rows], statistics.gram, _reported(place, len(weights[index])))
     joined = [_joined(*each, has_gram=statistics.gram is not None) for each in zip(parts, errors, alphas, strict=True)]
     if solver is None:
         return SolvedSite(tuple(joined))
     factor = solver.factor
-    return SolvedSite(tuple(joined), found, factor.damping, factor.attempts, factor.dead)
+    note = NOTHING_HELD_OUT if settings.validates and not _holds_out(statistics) else ""
+    return SolvedSite(tuple(joined), found, factor.damping, factor.attempts, factor.dead, note)
+
+
+def check_inputs(weights: Sequence[Tensor], statistics: SiteStatistics, settings: Quantization) -> None:
+    """Raise when a weight or a matrix is not finite, or the group size does not divide the columns.
+
+    Raises
+    ------
+    QuantizationError
+        Saying which.
+    """
+    for weight in weights:
+        grouped(weight, settings.group_size)
+    named = {
+        "Gram matrix": statistics.gram,
+        "held-out Gram matrix": statistics.validation,
+        "drift": statistics.drift,
+        "drift's Gram matrix": statistics.drift_energy,
+    }
+    for name, matrix in named.items():
+        if matrix is not None and not is_finite(matrix):
+            raise QuantizationError(f"its {name} holds NaN or infinity")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +198,7 @@ class _Solver:
     factor
         Of the regularised, damped Gram matrix.
     gram
-        That matrix, for polishing; None when nothing is polished.
+        That matrix, for polishing and for fitting scales; None when neither is asked for.
     drift
         GPTAQ's; None for other targets.
     """
@@ -182,36 +211,46 @@ class _Solver:
 def _solver(
     weights: Sequence[Tensor], statistics: SiteStatistics, settings: Quantization, chosen: Regularization
 ) -> _Solver:
-    gram, weighting = _regularized(_needed(statistics.gram, "a Gram matrix"), weights, statistics, settings, chosen)
-    factor = factorize(gram, chosen.damping, activation_order=settings.activation_order, weights=weighting)
+    gram = _needed(statistics.gram, "a Gram matrix")
+    towards, weighting = _diagonals(weights, statistics, settings, chosen)
+    factor = _factor(gram, chosen, settings, towards, weighting)
     drift = None
     if settings.target.kind == "gptaq" and isinstance(settings.target.alpha, float):
         drift = carried_drift(_needed(statistics.drift, "the drift"), factor, settings.target.alpha)
-    damped = _damped(gram, factor.damping, weighting) if settings.rounding.polish else None
+    damped = None
+    if settings.rounding.polish or settings.ranges.refit:
+        damped = regularized(gram, chosen.shrinkage, towards, factor.damping, weighting)
     return _Solver(factor, damped, drift)
 
 
-def _regularized(
-    gram: Tensor,
-    weights: Sequence[Tensor],
-    statistics: SiteStatistics,
-    settings: Quantization,
-    chosen: Regularization,
-) -> tuple[Tensor, Tensor | None]:
-    """Return a Gram matrix moved towards a diagonal, and what each channel's damping weighs."""
-    towards = _needed(statistics.pool_energy, "the pool's energy") if settings.shrinkage.towards == "pool" else None
-    moved = shrunk(gram, chosen.shrinkage, towards) if chosen.shrinkage else gram
+def _diagonals(
+    weights: Sequence[Tensor], statistics: SiteStatistics, settings: Quantization, chosen: Regularization
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what shrinkage goes towards (None: its own diagonal), and what each channel's damping weighs."""
+    towards = None
+    if settings.shrinkage.towards == "pool" and chosen.shrinkage:
+        towards = _needed(statistics.pool_energy, "the pool's energy")
     if chosen.gamma is None:
-        return moved, None
+        return towards, None
     magnitude = _needed(statistics.magnitude, "mean |x|")
-    return moved, damping_weights(magnitude, weight_magnitude(weights), chosen.gamma)
+    return towards, damping_weights(magnitude, weight_magnitude(weights), chosen.gamma)
 
 
-def _damped(gram: Tensor, damping: float, weighting: Tensor | None) -> Tensor:
-    diagonal, _ = live_diagonal(gram)
-    damped = gram.clone()
-    damped.diagonal().copy_(diagonal + damping * diagonal.mean() * (1.0 if weighting is None else weighting))
-    return damped
+def _factor(
+    gram: Tensor,
+    chosen: Regularization,
+    settings: Quantization,
+    towards: Tensor | None,
+    weighting: Tensor | None,
+) -> Factor:
+    return factorize(
+        gram,
+        chosen.damping,
+        activation_order=settings.activation_order,
+        weights=None if weighting is None else weighting.to(gram.dtype),
+        shrinkage=chosen.shrinkage,
+        towards=towards,
+    )
 
 
 def _regularization(
@@ -223,17 +262,21 @@ def _regularization(
         return candidates[0]
     training, held_out = statistics.training, statistics.validation
     if training is None or held_out is None:
-        return candidates[0]
+        return candidates[0]  # told in the site's note
     rows = _some_rows(weights)
     rows = rows.to(training.dtype)
     levels = Levels.of(_grid(rows, statistics, settings, grid_settings), rows.shape[1])
     turned = rows.T.contiguous()
     losses = []
     for candidate in candidates:
-        gram, weighting = _regularized(training, weights, statistics, settings, candidate)
-        factor = factorize(gram, candidate.damping, activation_order=settings.activation_order, weights=weighting)
+        towards, weighting = _diagonals(weights, statistics, settings, candidate)
+        factor = _factor(training, candidate, settings, towards, weighting)
         losses.append(float(energy(rows - round_sequentially(turned, factor, levels).T, held_out)))
     return candidates[min(range(len(candidates)), key=losses.__getitem__)]
+
+
+def _holds_out(statistics: SiteStatistics) -> bool:
+    return statistics.training is not None and statistics.validation is not None
 
 
 def regularizations(settings: Quantization, statistics: SiteStatistics) -> Iterator[Regularization]:
@@ -242,8 +285,9 @@ def regularizations(settings: Quantization, statistics: SiteStatistics) -> Itera
     by_saliency = damping.weights == "saliency"
     shares: Sequence[float]
     if shrinkage == "ledoit_wolf":
-        gram = _needed(statistics.gram, "a Gram matrix")
-        shares = (ledoit_wolf_share(gram, statistics.sequences, statistics.mean_square),)
+        if math.isnan(statistics.ledoit_wolf):
+            raise ValueError("Ledoit-Wolf shrinkage reads how sequences differ, which was not measured")
+        shares = (statistics.ledoit_wolf,)
     else:
         shares = SHRINKAGES if shrinkage == "validated" else (float(shrinkage),)
     strengths: Sequence[float] = (
@@ -287,14 +331,34 @@ def _solve_rows(target: Tensor, mask: Tensor | None, job: _Job) -> tuple[Solved,
     plain = target if mask is None else torch.where(mask, 0.0, target)
     grid = _grid(plain, job.statistics, job.settings, job.grid)
     apart = salient_grid(target, mask, job.settings.salient.bits, job.grid) if mask is not None else None
-    levels = Levels.of(grid, target.shape[1], apart)
-    rounded = _rounded(target.T.contiguous(), levels, job.solver, job.settings).T
-    codes = quantize(rounded, *grid.columns(target.shape[1]), job.settings.bits).to(torch.uint8)
+    turned = target.T.contiguous()
+    rounded = _rounded(turned, Levels.of(grid, target.shape[1], apart), job.solver, job.settings).T
+    codes = grid.codes(rounded)
+    passes = job.settings.ranges.refit if job.solver is not None else 0
+    for number in range(passes):
+        grid = _refitted(target, rounded, codes, mask, grid, job.solver)
+        if number + 1 < passes:
+            rounded = _rounded(turned, Levels.of(grid, target.shape[1], apart), job.solver, job.settings).T
+            codes = grid.codes(rounded)
+    if passes:
+        values = grid.values(codes)
+        rounded = values if mask is None else torch.where(mask, rounded, values)
     kept = None
     if mask is not None:
         kept = mask, rounded[mask].to(job.grid.scale_dtype)
         rounded = rounded.masked_scatter(mask, kept[1].to(rounded.dtype))
     return Solved(codes, grid.scale.to(job.grid.scale_dtype), grid.zero.to(torch.uint8), kept, 0.0, 0.0), rounded
+
+
+def _refitted(
+    target: Tensor, rounded: Tensor, codes: Tensor, mask: Tensor | None, grid: Grid, solver: _Solver | None
+) -> Grid:
+    """Return the grid fitted to the codes of the weights that are on it."""
+    gram = _needed(None if solver is None else solver.gram, "the regularised Gram matrix")
+    steps = codes.to(target.dtype) - grid.columns(codes.shape[1])[1]
+    if mask is None:
+        return refitted(target, steps, grid, gram)
+    return refitted(torch.where(mask, target - rounded, target), steps.masked_fill(mask, 0.0), grid, gram)
 
 
 def _rounded(turned: Tensor, levels: Levels, solver: _Solver | None, settings: Quantization) -> Tensor:
@@ -307,7 +371,7 @@ def _rounded(turned: Tensor, levels: Levels, solver: _Solver | None, settings: Q
         rounded = round_sequentially(turned, solver.factor, levels, solver.drift)
     else:
         rounded = levels.all_nearest(turned)
-    if solver.gram is None:
+    if solver.gram is None or not rounding.polish:
         return rounded
     return polish(turned, rounded, solver.gram, levels, solver.factor.order, rounding.polish)
 
@@ -321,7 +385,7 @@ def _grid(weight: Tensor, statistics: SiteStatistics, settings: Quantization, gr
             if clip == 1.0
             else searched_grid(weight, grid_settings, [clip], squared_error)
         )
-    factors = [1.0 - (1.0 - ranges.shrink) * step / ranges.steps for step in range(ranges.steps + 1)]
+    factors = [clip * (1.0 - (1.0 - ranges.shrink) * step / ranges.steps) for step in range(ranges.steps + 1)]
     error: GroupError = squared_error
     if ranges.search == "weighted":
         error = weighted_error(_needed(statistics.gram, "a Gram matrix").diagonal(), settings.group_size)
@@ -376,13 +440,16 @@ def energy(matrix: Tensor, gram: Tensor) -> Tensor:
     return ((matrix @ gram.to(matrix.dtype)) * matrix).sum(dtype=torch.float64)
 
 
-def _squares(weight: Tensor, rounded: Tensor, gram: Tensor | None) -> Tensor:
-    """Return squared output of the error and of the weight, and squared error and weight; float32 does for a report."""
+def _squares(weight: Tensor, rounded: Tensor, gram: Tensor | None, some: slice) -> Tensor:
+    """Return squared output of the error and of the weight, and squared error and weight.
+
+    Float32 does for a report, and so do some rows: the outputs of many cost as much as rounding them.
+    """
     error = weight - rounded
     plain = torch.stack([error.square().sum(dtype=torch.float64), weight.square().sum(dtype=torch.float64)])
     if gram is None:
         return torch.cat([torch.zeros_like(plain), plain]).cpu()
-    outputs = torch.stack([energy(error.float(), gram), energy(weight.float(), gram)])
+    outputs = torch.stack([energy(error[some].float(), gram), energy(weight[some].float(), gram)])
     return torch.cat([outputs, plain]).cpu()
 
 
@@ -394,6 +461,12 @@ def _some(solved: Solved, rows: slice) -> Solved:
         before = int(mask[: rows.start].sum())
         salient = mask[rows], values[before : before + int(mask[rows].sum())]
     return replace(solved, codes=solved.codes[rows], scale=solved.scale[rows], zero=solved.zero[rows], salient=salient)
+
+
+def _reported(rows: slice, total: int) -> slice:
+    """Return which of some rows of a weight with so many its output error is told from."""
+    step = -(-total // REPORTED_ROWS)
+    return slice(-rows.start % step, None, step)
 
 
 def _joined(parts: Sequence[Solved], errors: Tensor, alpha: float, *, has_gram: bool) -> Solved:

@@ -47,17 +47,17 @@ def reachable_share(reached: float, whole: float) -> float:
 
 
 def carried_drift(drift: Tensor, factor: Factor, alpha: float) -> Tensor:
-    """Return what `round_sequentially` takes as its drift so that it is GPTAQ: alpha triu(D R^-T, 1) / R_kk.
+    """Return what `round_sequentially` takes as its drift so that it is GPTAQ: alpha tril(D L^-T, -1) / L_jj.
 
-    GPTAQ updates W[:, j:] -= err U[j, j:] - w_j P[j, j:] with P = alpha triu(D U^T, 1) U and U = R^-1. Written for what
-    each column is rounded from, the errors take R's feedback as in GPTQ, and w_j takes P R diag(U), which is this.
+    GPTAQ updates W[:, j:] -= err U[j, j:] - w_j P[j, j:] with P = alpha triu(D U^T, 1) U, where U is the inverse of L
+    in the order of rounding. Written for what each column is rounded from, the errors take L's feedback as in GPTQ, and
+    w_j takes P L diag(L)^-1, which is this.
 
     Parameters
     ----------
     drift
-        float64 (columns, columns): D, columns in their natural order.
+        (columns, columns): D, columns in their natural order.
     """
-    upper = factor.feedback * factor.diagonal
-    ordered = drift[factor.order][:, factor.order]
-    inner: Tensor = torch.linalg.solve_triangular(upper, ordered.T, upper=True).T  # D R^-T
-    return alpha * inner.triu(1) / factor.diagonal
+    ordered = drift[factor.columns[:, None], factor.columns]
+    inner: Tensor = torch.linalg.solve_triangular(factor.lower * factor.roots, ordered.T, upper=False).T
+    return inner.tril_(-1).mul_(alpha).div_(factor.roots)

@@ -5,7 +5,6 @@ remove the column from the inverse by one step of Gaussian elimination (arXiv 22
 """
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,36 +13,12 @@ from torch import Tensor
 
 from covercal.errors import QuantizationError
 from covercal.quantizers.factor import factorize
-from covercal.quantizers.grid import Grid, GridSettings, dequantize, min_max_grid
+from covercal.quantizers.grid import Grid, dequantize
+from tests.covercal.layers import Floats, by_column, grid_of, layer
 from tests.covercal.rounding import Rounded, RoundingSettings, gptq, round_to_nearest
 
-Floats = npt.NDArray[np.float64]
 ORDERED = RoundingSettings(damping=0.01, activation_order=True)
 NATURAL = RoundingSettings(damping=0.01, activation_order=False)
-
-
-def layer(seed: int, rows: int, columns: int, tokens: int = 300) -> tuple[Tensor, Tensor]:
-    """Return a weight and the Gram matrix of correlated inputs whose channels differ in size."""
-    generator = np.random.default_rng(seed)
-    mixed = generator.normal(size=(tokens, columns)) @ generator.normal(size=(columns, columns)) / columns**0.5
-    inputs = (mixed + generator.normal(size=(tokens, columns))) * np.exp(generator.normal(size=columns))
-    weight = generator.normal(size=(rows, columns)) * np.exp(0.3 * generator.normal(size=(rows, 1)))
-    return torch.from_numpy(weight), torch.from_numpy(inputs.T @ inputs * (2 / tokens))
-
-
-def grid_of(
-    weight: Tensor,
-    bits: int,
-    group_size: int | None = None,
-    *,
-    symmetric: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> Grid:
-    return min_max_grid(weight, GridSettings(bits, group_size, symmetric, dtype))
-
-
-def by_column(values: Tensor, columns: int) -> Floats:
-    return np.repeat(values.numpy(), columns // values.shape[1], axis=1)
 
 
 def optimal_brain_quantization(weight: Tensor, gram: Tensor, grid: Grid, chosen: RoundingSettings) -> Floats:

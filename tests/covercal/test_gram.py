@@ -115,11 +115,31 @@ def test_with_fewer_than_four_sequences_nothing_validates() -> None:
     close(found.training, products(inputs(0, 3, 6, 5)) / 18)
 
 
-def test_the_spread_is_the_mean_square_off_the_diagonal_of_the_sequences_own_matrices() -> None:
+@pytest.mark.parametrize(("weights", "shares"), [((1.0, 1.0), (6, 9)), ((1 / 6, 1 / 9), (1, 1)), ((2.0, 1.0), (12, 9))])
+def test_the_spread_is_the_mean_square_off_the_diagonal_of_the_sequences_own_matrices(
+    weights: tuple[float, float], shares: tuple[int, int]
+) -> None:
     parts = [inputs(0, 3, 6, 5), inputs(1, 2, 9, 5)]
     own = [products(sequence) / len(sequence) for part in parts for sequence in part]
-    expected = np.mean([float((matrix - torch.diag(matrix.diagonal())).square().sum()) for matrix in own])
-    assert summed(parts, Wanted(spread=True)).mean_square == pytest.approx(expected, rel=1e-5)
+    squares = [float((matrix - torch.diag(matrix.diagonal())).square().sum()) for matrix in own]
+    weighing = np.repeat(shares, (3, 2))
+    found = summed(parts, Wanted(spread=True), list(weights))
+    assert found.mean_square == pytest.approx(np.average(squares, weights=weighing), rel=1e-5)
+    assert found.concentration == pytest.approx(np.square(weighing / weighing.sum()).sum(), rel=1e-12)
+
+
+def test_a_spread_that_was_not_asked_for_is_not_a_number() -> None:
+    found = summed([inputs(0, 3, 6, 5)])
+    assert np.isnan([found.mean_square, found.concentration, found.ledoit_wolf]).all()
+
+
+def test_of_no_sequence_nothing_is_known_of_how_they_differ() -> None:
+    assert np.isnan(SiteSums(5, CPU, Wanted(spread=True)).statistics().ledoit_wolf)
+
+
+def test_the_spread_of_scaled_inputs_is_not_known() -> None:
+    found = summed([inputs(0, 3, 6, 5)], EVERYTHING).scaled(torch.ones(5, dtype=torch.float64))
+    assert np.isnan([found.mean_square, found.concentration, found.ledoit_wolf]).all()
 
 
 def test_magnitude_is_the_weighted_mean_and_peak_the_largest() -> None:

@@ -112,7 +112,7 @@ def test_a_model_and_texts_are_enough_and_the_rest_is_as_documented() -> None:
             "group_size": 128,
             "symmetric": False,
             "activation_order": True,
-            "ranges": {"search": "min_max", "shrink": 0.5, "steps": 20},
+            "ranges": {"search": "min_max", "shrink": 0.5, "steps": 20, "refit": 0},
             "scaling": {
                 "search": "none",
                 "loss": "linear",

@@ -23,6 +23,7 @@ from storage.keys import canonical_json
 from storage.manifest import Decision, Ref
 from tasks.cached import Build, ByDigest, Step, cached, key_material, open_store, references
 from tasks.progress import Progress, listening
+from tasks.quantize import PoolInputs
 
 KEY, OTHER_KEY = "a" * 64, "b" * 64
 REF = Ref("pool", KEY, "c" * 64)
@@ -190,6 +191,49 @@ def test_references_are_found_wherever_they_are() -> None:
     refs = [Ref("pool", digit * 64) for digit in "123456"]
     value = {"a": refs[0], "b": (refs[1], [ByDigest(refs[2])]), "c": {"d": {"e": refs[3]}}, "f": [(refs[4],)], "g": 3}
     assert list(references({**value, "h": ByDigest(refs[5])})) == refs
+
+
+def test_references_are_found_inside_data_classes() -> None:
+    @dataclass(frozen=True, slots=True)
+    class Inner:
+        parts: tuple[Ref, ...]
+
+    @dataclass
+    class Outer:
+        whole: Ref
+        missing: Ref | None
+        inner: Inner
+        count: int = 3
+
+    refs = [Ref("pool", digit * 64) for digit in "1234"]
+    value = [Outer(refs[0], None, Inner((refs[1], refs[2]))), {"a": Inner((refs[3],))}]
+    assert list(references(value)) == refs
+
+
+def test_a_data_class_itself_holds_no_reference() -> None:
+    @dataclass
+    class Place:
+        ref: Ref = REF
+
+    assert list(references(Place)) == []
+    assert list(references(Place())) == [REF]
+
+
+@pytest.mark.parametrize(
+    ("step", "given"),
+    [(STEPS["block"], {"index": 0}), (STEPS["checkpoint"], {"blocks": (), "pool": None, "calibration": None})],
+    ids=["block", "checkpoint"],
+)
+def test_what_is_cached_of_the_pool_is_in_the_key_and_among_the_inputs(step: Step, given: dict[str, Any]) -> None:
+    gram, held_out, *statistics = (Ref("gram", digit * 64) for digit in "1234")
+    inputs = {"model": "m", "imported": None, "quantization": Quantization(), "dtype": "float32", "device": "cpu"}
+    requests = [
+        step.request({**inputs, **given, "cached_pool": pool})
+        for pool in (PoolInputs(gram, held_out, tuple(statistics)), PoolInputs(gram, None, ()), PoolInputs())
+    ]
+    assert requests[0].inputs == (gram, held_out, *statistics)
+    assert requests[2].inputs == ()
+    assert len({request.key for request in requests}) == 3
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)

