@@ -94,8 +94,9 @@ def quantise(folder: Path, run: int, tokens: int, dtype: str, method: str) -> di
     config = decoder.model.config
     block_bytes = item * sum(p.numel() for p in decoder.blocks[0].parameters())
     kept = sum(linear.out_features for linear in decoder.blocks[0].modules() if isinstance(linear, torch.nn.Linear))
-    streams = 2 if settings.target.kind != "weights" else 1
-    activations = item * tokens * (streams * config.hidden_size + kept)
+    compares = settings.target.kind != "weights"
+    kept += 3 * config.hidden_size + config.intermediate_size if compares else 0  # what the original's sites read
+    activations = item * tokens * ((2 if compares else 1) * config.hidden_size + kept)
     return {
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "block": block_bytes,

@@ -7,7 +7,7 @@ Calibration data: 64 random samples of 256 tokens from one pool of 512, a new dr
 control samples of 64, 128, 256 and 512 tokens with as many tokens in all. Methods that read no samples run once. The
 main number is the KL divergence of the original to the quantised model on held-out text, in nats per token, over 18
 sequences of 512 tokens from six domains. Seconds are the calibration passes' and the solver's, not the evaluation's.
-Cells come from the artifact store where it has them. Writes `methods.md` and `methods.json`.
+Cells come from the artifact store where it has them. Writes `methods.md`, `methods.json` and `methods.png`.
 """
 
 import argparse
@@ -68,30 +68,50 @@ class Row:
     bits: tuple[int, ...] = ()
 
 
+PLAIN = {"method": "gptq"}
+OWN = {"method": "covercal"}
+POOL_ALONE = {"method": "gptq", "gram": "pool", "shrinkage": 0.3}
+FEW = {"selection.budget": 32}
 ROWS = (
     Row("rtn", {"method": "rtn"}, "", seeded=False),
     Row("rtn, mse ranges", {"method": "rtn", "ranges": "mse"}, "rtn", seeded=False),
-    Row("gptq", {"method": "gptq"}, ""),
-    Row("gptq, damping 0.05", {"method": "gptq", "damping": 0.05}),
-    Row("gptq, damping 0.1", {"method": "gptq", "damping": 0.1}),
-    Row("gptq, damping 0.25", {"method": "gptq", "damping": 0.25}),
-    Row("gptq, damping 0.5", {"method": "gptq", "damping": 0.5}),
-    Row("gptq, shrinkage 0.3", {"method": "gptq", "shrinkage": 0.3}),
-    Row("gptq, Ledoit-Wolf", {"method": "gptq", "shrinkage": "ledoit_wolf"}),
-    Row("gptq, validated shrinkage", {"method": "gptq", "shrinkage": "validated"}),
-    Row("gptq, output ranges", {"method": "gptq", "ranges": "output"}),
+    Row("gptq", PLAIN, ""),
+    Row("gptq, 32 samples", PLAIN, "gptq", fields=FEW),
+    Row("gptq, damping 0.05", {**PLAIN, "damping": 0.05}),
+    Row("gptq, damping 0.25", {**PLAIN, "damping": 0.25}),
+    Row("gptq, damping 0.5", {**PLAIN, "damping": 0.5}),
     Row("sarqc_gbs", {"method": "sarqc_gbs"}, "gptq, damping 0.25"),
+    Row("gptq, shrinkage 0.1", {**PLAIN, "shrinkage": 0.1}),
+    Row("gptq, shrinkage 0.3", {**PLAIN, "shrinkage": 0.3}),
+    Row("gptq, Ledoit-Wolf", {**PLAIN, "shrinkage": "ledoit_wolf"}),
+    Row("gptq, validated shrinkage", {**PLAIN, "shrinkage": "validated"}),
+    Row("gptq, mse ranges", {**PLAIN, "ranges": "mse"}),
+    Row("gptq, output ranges", {**PLAIN, "ranges": "output"}),
     Row("gptaq", {"method": "gptaq"}),
     Row("coreq", {"method": "coreq"}),
     Row("k_coreq", {"method": "k_coreq"}, "coreq"),
     Row("awq", {"method": "awq"}, "rtn"),
-    Row("awq, duo", {"method": "awq", "scaling": "duo", "ranges": "min_max"}, "rtn"),
-    Row("sarqc_gs", {"method": "sarqc_gs"}, "awq, duo"),
-    Row("mixed lengths", {"method": "gptq"}, "gptq", fields=MIXED),
+    Row("awq, duo, min-max", {"method": "awq", "scaling": "duo", "ranges": "min_max"}, "rtn"),
+    Row("sarqc_gs", {"method": "sarqc_gs"}, "awq, duo, min-max"),
+    Row("mixed lengths", PLAIN, "gptq", fields=MIXED),
     Row("maca", {"method": "maca"}, "mixed lengths", fields=MIXED),
     Row("precal", {"method": "precal"}, "16-bit outliers", seeded=False),
     Row("16-bit outliers", {"method": "precal", "salient": {"share": 0.08, "bits": 16}}, "rtn", seeded=False),
+    Row("pool's Gram, shrinkage 0.3", POOL_ALONE, "gptq", seeded=False),
     Row("cached", {"method": "cached"}, "gptq", seeded=False),
+    Row("covercal", OWN, "gptq"),
+    Row("covercal, 32 samples", OWN, "gptq, 32 samples", fields=FEW),
+    Row("covercal, pool blended in", {**OWN, "gram": "blend"}, "covercal"),
+    Row("covercal without coreq", {**OWN, "target": "weights"}, "covercal", bits=(3,)),
+    Row("covercal without shrinkage", {**OWN, "shrinkage": 0.0}, "covercal", bits=(3,)),
+    Row("covercal without refit", {**OWN, "ranges": {"refit": 0}}, "covercal", bits=(3,)),
+    Row(
+        "covercal without refit and polish",
+        {**OWN, "ranges": {"refit": 0}, "rounding": {"polish": 0}},
+        "covercal",
+        bits=(3,),
+    ),
+    Row("covercal on min-max ranges", {**OWN, "ranges": {"search": "min_max", "refit": 0}}, "covercal", bits=(3,)),
 )
 W8A8 = (
     Row("w8a8, dynamic", {"method": "w8a8_static", "activations": "dynamic"}, "", seeded=False),
@@ -230,6 +250,37 @@ def _against(mine: Sequence[Cell], control: Sequence[Cell], name: str) -> str:
     return f"{np.mean(differences):+.3f}{spread} ({name})"
 
 
+def plot(cells: Sequence[Cell], path: Path) -> None:
+    """Draw every method's mean KL with its 95% interval, one panel for each number of bits."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = sorted({c.bits for c in cells}, reverse=True)
+    names = list(dict.fromkeys(c.row for c in cells))
+    size = (1.2 + 3.4 * len(panels), 1.2 + 0.26 * len(names))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, bits in zip(axes[0], panels, strict=True):
+        for place, name in enumerate(names):
+            kl = [c.kl for c in cells if c.row == name and c.bits == bits]
+            if kl:
+                spread = half_interval(kl)
+                error = None if math.isnan(spread) else spread
+                colour = "tab:red" if name.startswith(("covercal", "cached")) else "tab:blue"
+                axis.errorbar(np.mean(kl), place, xerr=error, fmt="o", color=colour, markersize=4, capsize=2)
+        axis.set_title(f"W{bits} g64" if bits < 8 else "W8A8")
+        axis.set_xlabel("KL, nats per token")
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axis.grid(visible=True, alpha=0.3)
+    axes[0][0].set_yticks(range(len(names)), names)
+    axes[0][0].invert_yaxis()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pool", type=Path)
@@ -259,6 +310,8 @@ def main() -> None:
     (given.output / "methods.md").write_text(text, encoding="utf-8")
     value = {"machine": machine(), "cells": [asdict(cell) for cell in cells]}
     (given.output / "methods.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    if weights := [cell for cell in cells if cell.bits < 8]:
+        plot(weights, given.output / "methods.png")
     print(text)
 
 

@@ -180,14 +180,14 @@ def site_sums(
     finished
         Linears whose outputs are kept from pass to pass.
     original
-        The block of the original model, when its inputs are compared.
+        The block of the original model, when its inputs are compared and were not kept by `advance_original`.
     """
     sums = SiteSums(site.channels, next(block.parameters()).device, wanted)
     first = linear_of(block, site.linears[0])
     expert = expert_of(block, site)
     for batch in running.batches:
         reference = None
-        if original is not None and expert is None:  # an expert's tokens are not the same in both models
+        if expert is None:  # an expert's tokens are not the same in both models
             reference = _original_input(original, site, running, batch)
 
         def note(_: nn.Module, inputs: tuple[Tensor, ...], batch: Batch = batch, y: Tensor | None = reference) -> None:
@@ -290,8 +290,8 @@ def recalled(block: nn.Module, finished: Sequence[str], outputs: dict[str, Tenso
         yield
 
 
-def keep_original_inputs(original: nn.Module, sites: Sequence[Site], running: Calibration) -> None:
-    """Run the original model's block once, and keep what every site reads of every batch."""
+def advance_original(original: nn.Module, sites: Sequence[Site], running: Calibration) -> None:
+    """Run the original model's block for the last time: keep what every site reads, and advance its stream."""
     for batch in running.batches:
 
         def note(site: Site, batch: Batch = batch) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -304,13 +304,14 @@ def keep_original_inputs(original: nn.Module, sites: Sequence[Site], running: Ca
             for site in sites:
                 hook = linear_of(original, site.linears[0]).register_forward_pre_hook(note(site))
                 stack.callback(hook.remove)
-            run_block(original, running.original[batch.number], batch.arguments[sites[0].block])
+            entering = running.original[batch.number]
+            running.original[batch.number] = run_block(original, entering, batch.arguments[sites[0].block])
 
 
-def _original_input(original: nn.Module, site: Site, running: Calibration, batch: Batch) -> Tensor:
-    """Return what a site reads in the original model, kept or computed now."""
-    if site.order in batch.original_inputs:
-        return batch.original_inputs[site.order]
+def _original_input(original: nn.Module | None, site: Site, running: Calibration, batch: Batch) -> Tensor | None:
+    """Return what a site reads in the original model, kept or computed now; None when nothing is compared."""
+    if original is None:
+        return batch.original_inputs.get(site.order)
     found: list[Tensor] = []
 
     def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -17,9 +17,9 @@ from covercal.calibration import (
     Memory,
     Tokens,
     advance,
+    advance_original,
     block_sums,
     expert_of,
-    keep_original_inputs,
     outputs_fit,
     round_parameters,
     site_sums,
@@ -74,7 +74,8 @@ class LinearReport:
     Attributes
     ----------
     output_error
-        ||W X - Q X|| / ||W X|| on the inputs that it was calibrated on; NaN without calibration.
+        ||W X - Q X|| / ||W X|| on the inputs that it was calibrated on, W what rounding aims at (with
+        `target: coreq` the corrected weights); NaN without calibration.
     weight_error
         ||W - Q|| / ||W||.
     damping, attempts, dead
@@ -325,11 +326,13 @@ def _quantize_block(job: _Job, index: int, running: Calibration | None) -> Quant
         round_parameters(block, job.storage_dtype)
     keep = running is not None and outputs_fit(block, sites, running, compares=job.compares)
     if running is not None and original is not None and keep:
-        keep_original_inputs(original, sites, running)
+        advance_original(original, sites, running)
+        original = None
     finished: list[str] = []
     linears: list[QuantizedLinear] = []
     reports: list[LinearReport] = []
     for site in sites:
+        release_freed()
         how = scaled.get(site.order, ScaledSite())
         statistics = _site_statistics(job, block, site, running, finished, original, seen.get(site.order), how.scale)
         for linear, report in _quantize_site(job, block, site, statistics, how):

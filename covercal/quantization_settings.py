@@ -180,6 +180,10 @@ SECTIONS: Mapping[str, type[Choice]] = {
     "activations": Activations,
 }
 
+OWN: Mapping[str, Any] = {  # what helped on top of every Gram matrix: docs/methods.md
+    "ranges": {"search": "output", "refit": 3},
+    "rounding": {"polish": 2},
+}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "rtn": {"rounding": "nearest"},
     "gptq": {},
@@ -198,7 +202,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "activations": "static",
         "rounding": "nearest",
     },
-    "cached": {"gram": "pool", "shrinkage": 0.3},
+    "cached": {"gram": "pool", "shrinkage": 0.1, **OWN},
+    "covercal": {"target": "coreq", "shrinkage": 0.25, **OWN},
 }
 
 
@@ -206,7 +211,7 @@ class Quantization(Section):
     """How the weights are quantised."""
 
     method: Annotated[str, one_of(PRESETS, "method")] = Field(
-        "gptq", description="a preset: what the fields and sections below are unless they are given"
+        "covercal", description="a preset: what the fields and sections below are unless they are given"
     )
     bits: int = Field(4, ge=2, le=8)
     group_size: int | None = Field(128, ge=1, description="columns that share a scale; null: one scale a row")
@@ -352,8 +357,8 @@ def conflicts(settings: Quantization) -> list[str]:
     if target.kind != "weights":
         if gram.source == "pool":
             found.append(
-                f"target {target.kind} compares the quantised prefix with the original; `gram: pool` has no prefix, "
-                "use `gram: calibration`"
+                f"target {target.kind} compares the quantised prefix with the original; `gram: pool` has no prefix: "
+                "use `gram: calibration`, or `target: weights`"
             )
         if rounding.kind == "nearest" and target.kind == "gptaq":
             found.append("target gptaq acts within sequential rounding; `rounding: nearest` has none")

@@ -35,7 +35,7 @@ pool:
   samples: 128
 outliers: {rule: sigma, k: 6}
 selection: {selector: coverage, budget: 32}
-quantization: {method: gptq, bits: 3, group_size: 64}
+quantization: {method: covercal, bits: 3, group_size: 64}
 evaluation:
   divergence: [{path: heldout.jsonl, domain: domain, window: 512, limit: 16}]
 """

@@ -18,7 +18,7 @@ SHAPE = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 512,
 }
-BLOCKS = 7
+BLOCKS = 12
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,6 @@ def measured(folder: Path, run: int, method: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_five_more_blocks_take_less_than_two_blocks_more_memory(checkpoint: Path) -> None:
-    few, many = measured(checkpoint, BLOCKS - 5, "coreq"), measured(checkpoint, BLOCKS, "coreq")
-    assert many["peak"] - few["peak"] < 2 * many["block"]
+def test_ten_more_blocks_take_less_than_four_blocks_more_memory(checkpoint: Path) -> None:
+    few, many = measured(checkpoint, BLOCKS - 10, "coreq"), measured(checkpoint, BLOCKS, "coreq")
+    assert many["peak"] - few["peak"] < 4 * many["block"]  # the allocator's pieces differ by two from run to run

@@ -62,7 +62,7 @@ class Solved:
         Positions and values of the salient weights, in the checkpoint's dtype, when there are any: `mask` bool
         (rows, columns), `values` (salient,).
     output_error
-        ||W X - Q X|| / ||W X|| on the inputs of the Gram matrix; NaN without one.
+        ||W X - Q X|| / ||W X|| on the inputs of the Gram matrix, W what rounding aims at; NaN without a Gram matrix.
     weight_error
         ||W - Q|| / ||W||.
     alpha
@@ -140,11 +140,12 @@ def solve_site(
         mask = _stacked([masks[index], rows] for index, rows in pieces)
         start = 0
         solved, rounded = _solve_rows(target, mask, job)
-        for weight, (index, place) in zip(plain, pieces, strict=True):
+        for weight, aim, (index, place) in zip(plain, targets, pieces, strict=True):
             rows = slice(start, start + len(weight))
             start = rows.stop
             parts[index].append(_some(solved, rows))
-            errors[index] += _squares(weight, rounded[rows], statistics.gram, _reported(place, len(weights[index])))
+            told = _reported(place, len(weights[index]))
+            errors[index] += _squares(weight, aim, rounded[rows], statistics.gram, told)
     joined = [_joined(*each, has_gram=statistics.gram is not None) for each in zip(parts, errors, alphas, strict=True)]
     if solver is None:
         return SolvedSite(tuple(joined))
@@ -440,8 +441,8 @@ def energy(matrix: Tensor, gram: Tensor) -> Tensor:
     return ((matrix @ gram.to(matrix.dtype)) * matrix).sum(dtype=torch.float64)
 
 
-def _squares(weight: Tensor, rounded: Tensor, gram: Tensor | None, some: slice) -> Tensor:
-    """Return squared output of the error and of the weight, and squared error and weight.
+def _squares(weight: Tensor, target: Tensor, rounded: Tensor, gram: Tensor | None, some: slice) -> Tensor:
+    """Return squared output of what is left of the target and of the target, and squared error and weight.
 
     Float32 does for a report, and so do some rows: the outputs of many cost as much as rounding them.
     """
@@ -449,7 +450,8 @@ def _squares(weight: Tensor, rounded: Tensor, gram: Tensor | None, some: slice) 
     plain = torch.stack([error.square().sum(dtype=torch.float64), weight.square().sum(dtype=torch.float64)])
     if gram is None:
         return torch.cat([torch.zeros_like(plain), plain]).cpu()
-    outputs = torch.stack([energy(error[some].float(), gram), energy(weight[some].float(), gram)])
+    left, whole = (target - rounded)[some].float(), target[some].float()
+    outputs = torch.stack([energy(left, gram), energy(whole, gram)])
     return torch.cat([outputs, plain]).cpu()
 
 

@@ -97,7 +97,7 @@ def test_transformers_computes_the_logits_of_the_quantised_model(variant: str, t
     [
         (architecture, variant)
         for architecture in ARCHITECTURES
-        for variant in ("awq", "coreq", "precal", "w8a8 static after smoothing", "w8a8 dynamic")
+        for variant in ("awq", "coreq", "covercal", "precal", "w8a8 static after smoothing", "w8a8 dynamic")
         # OPT hands its linears a matrix, of which compressed-tensors takes every number for a token
         if architecture != "llama" and (architecture, variant) != ("opt", "w8a8 dynamic")
     ],

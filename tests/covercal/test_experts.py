@@ -237,7 +237,7 @@ def test_the_report_of_an_expert_counts_the_tokens_that_reached_it_behind_the_qu
     architecture: str,
 ) -> None:
     decoder, model = decoder_of(architecture), copy.deepcopy(fused_model(architecture))
-    block = next(quantize_blocks(decoder, SAMPLES, Quantization(bits=3, group_size=16), "float32"))
+    block = next(quantize_blocks(decoder, SAMPLES, Quantization(method="gptq", bits=3, group_size=16), "float32"))
     for linear in (linear for linear in block.linears if ".self_attn." in linear.name):
         model.get_submodule(linear.name).weight.data = dequantized(linear, torch.float32)
     found = reports_of([block])
@@ -250,12 +250,12 @@ def test_the_report_of_an_expert_counts_the_tokens_that_reached_it_behind_the_qu
 # --- experts that few tokens reach ---------------------------------------------------------------------------------
 
 
-def with_limit(architecture: str, **fields: Any) -> tuple[int, list[QuantizedBlock]]:
+def with_limit(architecture: str, method: str = "gptq", **fields: Any) -> tuple[int, list[QuantizedBlock]]:
     """Return a limit that some experts reach and others do not, and the blocks that are quantised with it."""
     decoder, model = decoder_of(architecture), fused_model(architecture)
     counts = {sum(count_of(model, site, tokens) for tokens in SAMPLES) for site in expert_sites(decoder)}
     limit = sorted(counts)[len(counts) // 2]
-    settings = Quantization(bits=3, group_size=16, gram={"expert_tokens": limit}, **fields)
+    settings = Quantization(method=method, bits=3, group_size=16, gram={"expert_tokens": limit}, **fields)
     return limit, list(quantize_blocks(decoder, SAMPLES, settings, "float32"))
 
 

@@ -39,7 +39,7 @@ every_architecture = pytest.mark.parametrize("architecture", SCALED)
 
 def by_peaks() -> Quantization:
     """Return settings whose scale is whatever is given as the inputs' peaks."""
-    return Quantization(bits=3, group_size=16, scaling={"search": "smooth", "power": 1.0})
+    return Quantization(method="gptq", bits=3, group_size=16, scaling={"search": "smooth", "power": 1.0})
 
 
 def forced(sites: tuple[Site, ...], seed: int) -> dict[int, SiteStatistics]:
@@ -349,7 +349,7 @@ def uneven() -> Decoder:
 
 def searched(search: str, loss: str, **fields: Any) -> tuple[Decoder, Calibration, dict[int, ScaledSite]]:
     settings = Quantization(
-        bits=3, group_size=16, rounding="nearest", scaling={"search": search, "loss": loss, **fields}
+        method="gptq", bits=3, group_size=16, rounding="nearest", scaling={"search": search, "loss": loss, **fields}
     )
     decoder = uneven()
     running = calibration_of(decoder)
@@ -480,20 +480,20 @@ def test_what_is_inspected_is_the_module_around_the_linears_or_the_only_one(
 
 @pytest.mark.parametrize("search", ["awq", "duo", "smooth"])
 def test_the_chosen_power_is_in_the_report_of_every_linear(search: str) -> None:
-    settings = Quantization(bits=3, group_size=16, rounding="nearest", scaling=search)
+    settings = Quantization(method="gptq", bits=3, group_size=16, rounding="nearest", scaling=search)
     for block in quantize_blocks(decoder_of("llama"), SAMPLES, settings, "float32"):
         assert all(0 <= report.scaling <= 1 and not report.note for report in block.reports)
 
 
 def test_without_scaling_there_is_no_power_in_the_report() -> None:
-    settings = Quantization(bits=3, group_size=16)
+    settings = Quantization(method="gptq", bits=3, group_size=16)
     block = next(quantize_blocks(decoder_of("llama"), SAMPLES, settings, "float32"))
     assert all(math.isnan(report.scaling) for report in block.reports)
 
 
 @pytest.mark.parametrize("architecture", SCALED)
 def test_what_a_scale_was_folded_into_is_with_the_rest_of_the_block(architecture: str) -> None:
-    settings = Quantization(bits=8, group_size=16, rounding="nearest", scaling={"search": "smooth"})
+    settings = Quantization(method="gptq", bits=8, group_size=16, rounding="nearest", scaling={"search": "smooth"})
     decoder = decoder_of(architecture)
     block = next(quantize_blocks(decoder, SAMPLES, settings, "float32"))
     place = PLACES[architecture][0][1]

@@ -32,7 +32,7 @@ from tests.covercal.rounding import RoundingSettings, gptq, round_to_nearest
 from tests.tiny import ARCHITECTURES, BLOCKS, WIDTH, random_tokens, tiny_model
 
 SAMPLES = [*random_tokens(5, 24, 1), *random_tokens(4, 15, 2), *random_tokens(3, 24, 3)]
-GPTQ = Quantization(bits=3, group_size=16)
+GPTQ = Quantization(method="gptq", bits=3, group_size=16)
 RTN = Quantization(method="rtn", bits=3, group_size=16)
 QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 

@@ -11,8 +11,8 @@ from covercal.quantization_settings import PRESETS, SECTIONS, Quantization, conf
 every_preset = pytest.mark.parametrize("method", PRESETS)
 
 
-def settings(**fields: Any) -> Quantization:
-    return Quantization(**fields)
+def settings(method: str = "gptq", **fields: Any) -> Quantization:
+    return Quantization(method=method, **fields)
 
 
 def changed(base: Quantization, section: str, **fields: Any) -> Quantization:
@@ -24,7 +24,7 @@ def changed(base: Quantization, section: str, **fields: Any) -> Quantization:
 
 def complaint(**fields: Any) -> str:
     with pytest.raises(ValidationError) as caught:
-        Quantization(**fields)
+        settings(**fields)
     return str(caught.value)
 
 
@@ -36,8 +36,19 @@ def test_every_preset_is_valid_by_itself(method: str) -> None:
     assert conflicts(settings(method=method)) == []
 
 
-def test_without_a_method_it_is_gptq() -> None:
-    assert settings() == settings(method="gptq")
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"bits": 3}, {"shrinkage": 0.3}, {"rounding": "nearest"}, {"ranges": {"refit": 0}}, {"gram": "blend"}],
+)
+def test_without_a_method_it_is_covercal(fields: dict[str, Any]) -> None:
+    assert Quantization(**fields) == settings(method="covercal", **fields)
+
+
+def test_cached_and_covercal_share_grids_and_rounding() -> None:
+    cached, covercal = (settings(method=method).model_dump() for method in ("cached", "covercal"))
+    assert {name for name in cached if cached[name] != covercal[name]} == {"method", "gram", "shrinkage", "target"}
+    assert cached["gram"] == covercal["gram"] | {"source": "pool"}
+    assert covercal["target"] == cached["target"] | {"kind": "coreq"}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +73,18 @@ def test_without_a_method_it_is_gptq() -> None:
         ("w8a8_static", "activations", {"kind": "static", "bits": 8, "source": "calibration"}),
         ("w8a8_static", "rounding", {"kind": "nearest"}),
         ("cached", "gram", {"source": "pool"}),
-        ("cached", "shrinkage", {"strength": 0.3, "towards": "own"}),
+        ("cached", "target", {"kind": "weights"}),
+        ("covercal", "gram", {"source": "calibration"}),
+        ("covercal", "target", {"kind": "coreq", "alpha": "closed_form"}),
+        *(
+            (method, section, expected)
+            for method, share in (("cached", 0.1), ("covercal", 0.25))
+            for section, expected in (
+                ("shrinkage", {"strength": share, "towards": "own"}),
+                ("ranges", {"search": "output", "refit": 3}),
+                ("rounding", {"kind": "sequential", "polish": 2}),
+            )
+        ),
     ],
 )
 def test_a_preset_sets_what_its_paper_changed(method: str, section: str, expected: dict[str, Any]) -> None:
@@ -143,7 +165,11 @@ def test_a_yes_or_no_is_no_short_form_of_any_section(section: str) -> None:
         ({"method": "k_coreq", "rounding": "sequential"}, "rounding", {"kind": "sequential", "width": 4, "polish": 0}),
         ({"method": "gptaq", "target": {"alpha": 0.5}}, "target", {"kind": "gptaq", "alpha": 0.5}),
         ({"method": "gptaq", "target": "coreq"}, "target", {"kind": "coreq", "alpha": 0.25}),
-        ({"method": "cached", "shrinkage": 0.1}, "shrinkage", {"strength": 0.1, "towards": "own"}),
+        ({"method": "cached", "shrinkage": 0.3}, "shrinkage", {"strength": 0.3, "towards": "own"}),
+        ({"method": "cached", "ranges": "mse"}, "ranges", {"search": "mse", "refit": 3}),
+        ({"method": "covercal", "ranges": {"refit": 1}}, "ranges", {"search": "output", "refit": 1}),
+        ({"method": "covercal", "rounding": "beam"}, "rounding", {"kind": "beam", "width": 4, "polish": 2}),
+        ({"method": "covercal", "target": {"alpha": 0.5}}, "target", {"kind": "coreq", "alpha": 0.5}),
         ({"method": "precal", "salient": {"bits": 8}}, "salient", {"share": 0.08, "bits": 8}),
         ({"method": "w8a8_static", "activations": "dynamic"}, "activations", {"kind": "dynamic", "bits": 8}),
         ({"method": "sarqc_gbs", "damping": {"strength": 0.5}}, "damping", {"strength": 0.5, "weights": "saliency"}),
@@ -210,17 +236,20 @@ def test_a_value_that_means_nothing_is_refused(section: str, fields: dict[str, A
 # --- what does not go together -------------------------------------------------------------------------------------
 
 CONFLICTS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
-    (
-        {"target": "coreq", "gram": "pool"},
-        "target coreq compares the quantised prefix with the original; `gram: pool` has no prefix, use "
-        "`gram: calibration`",
-        {"gram": "calibration"},
-    ),
-    (
-        {"method": "gptaq", "gram": "pool"},
-        "target gptaq compares the quantised prefix with the original; `gram: pool` has no prefix, use "
-        "`gram: calibration`",
-        {"gram": "calibration"},
+    *(
+        (
+            {**fields, "gram": "pool"},
+            f"target {target} compares the quantised prefix with the original; `gram: pool` has no prefix: use "
+            "`gram: calibration`, or `target: weights`",
+            instead,
+        )
+        for fields, target, instead in (
+            ({"target": "coreq"}, "coreq", {"gram": "calibration"}),
+            ({"method": "covercal"}, "coreq", {"gram": "calibration"}),
+            ({"method": "covercal"}, "coreq", {"target": "weights"}),
+            ({"method": "gptaq"}, "gptaq", {"gram": "calibration"}),
+            ({"method": "gptaq"}, "gptaq", {"target": "weights"}),
+        )
     ),
     (
         {"method": "gptaq", "rounding": "nearest"},
@@ -306,6 +335,16 @@ def test_a_presets_name_does_not_matter_in_a_key(method: str) -> None:
     spelled_out = settings(**PRESETS[method])
     assert spelled_out.method == "gptq"
     assert spelled_out.key_material() == settings(method=method).key_material()
+
+
+def test_covercal_has_the_key_of_coreq_with_the_same_sections() -> None:
+    sections = {"shrinkage": 0.25, "ranges": {"search": "output", "refit": 3}, "rounding": {"polish": 2}}
+    assert settings(method="coreq", **sections).key_material() == settings(method="covercal").key_material()
+
+
+def test_cached_has_the_key_of_gptq_on_the_pools_gram_matrix_with_the_same_sections() -> None:
+    sections = {"shrinkage": 0.1, "ranges": {"search": "output", "refit": 3}, "rounding": {"polish": 2}}
+    assert settings(method="gptq", gram="pool", **sections).key_material() == settings(method="cached").key_material()
 
 
 NOT_READ: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
@@ -417,11 +456,11 @@ def test_a_key_holds_no_name_of_a_preset() -> None:
     [
         (
             "calibrated",
-            {"gptq", "awq", "gptaq", "maca", "sarqc_gs", "sarqc_gbs", "coreq", "k_coreq", "w8a8_static"},
+            {"gptq", "awq", "gptaq", "maca", "sarqc_gs", "sarqc_gbs", "coreq", "k_coreq", "w8a8_static", "covercal"},
         ),
         (
             "reads_inputs",
-            {"gptq", "awq", "gptaq", "maca", "sarqc_gs", "sarqc_gbs", "coreq", "k_coreq", "cached"},
+            {"gptq", "awq", "gptaq", "maca", "sarqc_gs", "sarqc_gbs", "coreq", "k_coreq", "cached", "covercal"},
         ),
         ("reads_pool_gram", {"cached"}),
         ("reads_statistics", set()),

@@ -107,12 +107,12 @@ def test_a_model_and_texts_are_enough_and_the_rest_is_as_documented() -> None:
         "outliers": {"rule": "sigma", "k": 6.0, "weighting": "full", "adaptive": False, "adaptive_k": 4.0},
         "selection": {"selector": "coverage", "budget": 64, "seed": 0, "samples": ()},
         "quantization": {
-            "method": "gptq",
+            "method": "covercal",
             "bits": 4,
             "group_size": 128,
             "symmetric": False,
             "activation_order": True,
-            "ranges": {"search": "min_max", "shrink": 0.5, "steps": 20, "refit": 0},
+            "ranges": {"search": "output", "shrink": 0.5, "steps": 20, "refit": 3},
             "scaling": {
                 "search": "none",
                 "loss": "linear",
@@ -128,10 +128,10 @@ def test_a_model_and_texts_are_enough_and_the_rest_is_as_documented() -> None:
                 "prefixes": (),
                 "expert_tokens": 32,
             },
-            "shrinkage": {"strength": 0.0, "towards": "own"},
+            "shrinkage": {"strength": 0.25, "towards": "own"},
             "damping": {"strength": 0.01, "weights": "uniform", "gamma": "validated"},
-            "target": {"kind": "weights", "alpha": "closed_form"},
-            "rounding": {"kind": "sequential", "width": 4, "polish": 0},
+            "target": {"kind": "coreq", "alpha": "closed_form"},
+            "rounding": {"kind": "sequential", "width": 4, "polish": 2},
             "salient": {"share": 0.0, "bits": 4, "scope": "tensor", "clip": 1.0},
             "activations": {
                 "kind": "none",

@@ -191,7 +191,9 @@ def site(seed: int, rows: int = 12) -> tuple[Tensor, SiteStatistics]:
 def solved(
     weight: Tensor, known: SiteStatistics, passes: int, dtype: torch.dtype = torch.bfloat16, **fields: object
 ) -> Solved:
-    chosen = Quantization(**{"bits": 3, "group_size": SITE_GROUP, "ranges": {"refit": passes}, **fields})
+    chosen = Quantization(
+        **{"method": "gptq", "bits": 3, "group_size": SITE_GROUP, "ranges": {"refit": passes}, **fields}
+    )
     return solve_site([weight], known, chosen, dtype).weights[0]
 
 

@@ -631,9 +631,9 @@ def test_each_search_costs_less_than_the_whole_range_by_what_it_looks_at(search:
 @pytest.mark.parametrize("name", COMBINED)
 def test_the_errors_are_those_of_the_weights_that_a_checkpoint_holds(name: str) -> None:
     (weight,), known = weights(11, 8), measured(11)
-    found = only(weight, known, COMBINED[name])
-    whole, nothing = torch.zeros_like(weight), gram_of(known)
-    expected = math.sqrt(loss(weight, dense(found), nothing) / loss(weight, whole, nothing))
+    found, gram = only(weight, known, COMBINED[name]), gram_of(known)
+    target = coreq_target(weight, known)[0] if COMBINED[name].target.kind == "coreq" else weight
+    expected = math.sqrt(loss(target, dense(found), gram) / loss(target, torch.zeros_like(target), gram))
     assert found.output_error == pytest.approx(expected, rel=1e-4)
     difference = float((weight - dense(found)).norm() / weight.norm())
     assert found.weight_error == pytest.approx(difference, rel=1e-6)

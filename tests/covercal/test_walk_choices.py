@@ -162,12 +162,17 @@ def test_no_sample_to_calibrate_on_is_an_error(samples: list[Tokens], prefixes: 
 
 # --- compared with the original (CoreQ, GPTAQ) ---------------------------------------------------------------------
 
-COMPARING = ["coreq", "k_coreq", "gptaq"]
+COMPARING = ["coreq", "k_coreq", "gptaq", "covercal"]
+
+
+def aiming_at_the_weights(method: str) -> Quantization:
+    """Return a preset's choices but its target."""
+    return choices("gptq", **{name: value for name, value in PRESETS[method].items() if name != "target"})
 
 
 @pytest.mark.parametrize("method", COMPARING)
 def test_nothing_has_drifted_at_the_first_site(method: str) -> None:
-    found, plain = walk(choices(method)), walk(choices("gptq", rounding=PRESETS[method].get("rounding", "sequential")))
+    found, plain = walk(choices(method)), walk(aiming_at_the_weights(method))
     assert linear_bits(linears_of(found)[FIRST]) == linear_bits(linears_of(plain)[FIRST])
     assert reports_of(found)[FIRST].alpha == (0.25 if method == "gptaq" else 0.0)
 
@@ -180,7 +185,7 @@ def test_at_the_first_site_only_the_storage_dtype_has_drifted() -> None:
 
 @pytest.mark.parametrize("method", COMPARING)
 def test_later_sites_aim_at_something_else_than_the_weights(method: str) -> None:
-    found, plain = walk(choices(method)), walk(choices("gptq", rounding=PRESETS[method].get("rounding", "sequential")))
+    found, plain = walk(choices(method)), walk(aiming_at_the_weights(method))
     name = "model.layers.2.self_attn.q_proj"
     assert codes_of(found)[name] != codes_of(plain)[name]
 
@@ -260,7 +265,7 @@ def test_undoing_nothing_of_the_drift_within_the_rounding_is_gptq() -> None:
     assert codes_of(found) == codes_of(walk(choices("gptq"), storage="bfloat16"))
 
 
-@pytest.mark.parametrize("method", ["coreq", "gptaq", "k_coreq"])
+@pytest.mark.parametrize("method", COMPARING)
 def test_undoing_drift_brings_the_last_blocks_outputs_closer_to_the_originals(method: str) -> None:
     original = logits_of_calibration(decoder_of("llama").model)
 
@@ -268,8 +273,7 @@ def test_undoing_drift_brings_the_last_blocks_outputs_closer_to_the_originals(me
         model = quantized_model(decoder_of("llama").model, walk(settings), settings, "float32")
         return float((logits_of_calibration(model) - original).square().mean())
 
-    rounding = PRESETS[method].get("rounding", "sequential")
-    assert distance(choices(method)) < distance(choices("gptq", rounding=rounding))
+    assert distance(choices(method)) < distance(aiming_at_the_weights(method))
 
 
 def logits_of_calibration(model: PreTrainedModel) -> Tensor:
@@ -298,6 +302,16 @@ def test_a_walk_beside_the_original_is_resumed_at_any_block_with_the_same_bits(
         resumed = Resumed(first, entering)
         rest = quantize_blocks(decoder_of(architecture), MIXED, choices(method), storage, resumed)
         assert comparable(list(rest)) == comparable(whole[first:]), first
+
+
+@pytest.mark.parametrize("method", COMPARING)
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_a_walk_beside_the_original_gives_the_same_bits_when_memory_keeps_nothing(
+    architecture: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = walk(choices(method), MIXED, "bfloat16", architecture)
+    monkeypatch.setattr("covercal.calibration.KEPT_SHARE", 0.0)
+    assert comparable(walk(choices(method), MIXED, "bfloat16", architecture)) == comparable(kept)
 
 
 def test_what_leaves_a_block_of_the_original_is_what_leaves_it_in_the_original_model() -> None:

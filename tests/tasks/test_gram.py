@@ -495,7 +495,9 @@ def test_another_choice_of_samples_changes_nothing_of_a_cached_checkpoint(files:
 
 
 def test_the_first_site_has_the_codes_of_gptq_on_the_pools_shrunk_gram_matrix(files: Path, after_cached: Any) -> None:
-    store, chain, events = after_cached
+    store = after_cached[0]
+    chain, events = run(files, store, method="gptq", gram="pool", shrinkage=0.3)
+    assert decisions(events)["gram"] == ["hit"]
     decoder = load_decoder(files / "model", "float32", CPU)
     (gram_key,) = (event.key for event in events if event.label == "gram")
     manifest = store.claim("gram", gram_key).manifest
