@@ -258,7 +258,8 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
     from matplotlib import pyplot
 
     panels = sorted({c.bits for c in cells}, reverse=True)
-    names = list(dict.fromkeys(c.row for c in cells))
+    found = {c.row for c in cells}
+    names = [row.name for row in (*ROWS, *W8A8) if row.name in found]
     size = (1.2 + 3.4 * len(panels), 1.2 + 0.26 * len(names))
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, bits in zip(axes[0], panels, strict=True):
@@ -272,8 +273,9 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
         axis.set_title(f"W{bits} g64" if bits < 8 else "W8A8")
         axis.set_xlabel("KL, nats per token")
         axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-        axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
+        axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axis.grid(visible=True, alpha=0.3)
     axes[0][0].set_yticks(range(len(names)), names)
     axes[0][0].invert_yaxis()

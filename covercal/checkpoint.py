@@ -12,6 +12,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from covercal.decoder import DTYPES, Decoder
 from covercal.errors import QuantizationError
@@ -21,6 +22,7 @@ from covercal.quantization_settings import Dtype, Quantization
 
 INDEX = "model.safetensors.index.json"
 RECORD = "covercal.json"
+FLATTENING = frozenset({"opt"})  # types of models that hand their linears (tokens, channels) without sequences
 Format = Literal["pack-quantized", "int-quantized", "dense"]
 
 
@@ -39,18 +41,24 @@ def checkpoint_format(settings: Quantization, model: nn.Module) -> tuple[Format,
     return "pack-quantized", ""
 
 
-def check_format(settings: Quantization, model: nn.Module) -> None:
+def check_format(settings: Quantization, model: PreTrainedModel) -> None:
     """Raise when no format that transformers reads can hold what the settings make of a model.
 
     Raises
     ------
     QuantizationError
-        For quantised activations of a model with experts.
+        For quantised activations of a model with experts, and dynamic ones of a model whose linears read matrices.
     """
     if settings.activations.kind != "none" and has_experts(model):
         raise QuantizationError(
             f"quantization.activations: {settings.activations.kind} cannot be kept for a model with experts: "
             "transformers reads experts without the scales of their inputs; use activations: none."
+        )
+    if settings.activations.kind == "dynamic" and model.config.model_type in FLATTENING:
+        raise QuantizationError(
+            f"quantization.activations: dynamic cannot be kept for a model of type {model.config.model_type}: its "
+            "linears read a matrix, of which compressed-tensors takes every number for a token; use activations: "
+            "static or none."
         )
 
 

@@ -24,7 +24,7 @@ RULE_WORDS = {
     "quantile": "quantile {k:g}",
     "absolute": "{k:g}",
 }
-NEW_WORDS = {"statistics": "captured", "measured": "captured"}
+NEW_WORDS = {"statistics": "captured", "measured": "captured", "gram": "summed", "held-out gram": "summed"}
 
 
 @dataclass(slots=True)
@@ -66,6 +66,9 @@ def row_details(recipe: Recipe) -> dict[str, str]:
         "measures": "coverage, likeness, distance from the pool",
         "reference": "original model on the evaluation texts",
         "nearest": grid_name(recipe, "rtn"),
+        "gram": f"Gram matrices of all {recipe.pool.samples} samples",
+        "held-out gram": "the same of the samples that validate",
+        "blocks": "quantised one by one from the Gram matrices",
         "checkpoint": grid_name(recipe),
         "evaluation": "divergence and perplexity",
     }

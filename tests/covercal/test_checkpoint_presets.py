@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from covercal.checkpoint import RECORD, CheckpointWriter, checkpoint_bytes, checkpoint_format
+from covercal.checkpoint import RECORD, CheckpointWriter, check_format, checkpoint_bytes, checkpoint_format
 from covercal.decoder import Decoder, load_decoder, make_decoder
+from covercal.errors import QuantizationError
 from covercal.quantization import QuantizedBlock, dequantized, quantize_blocks
 from covercal.quantization_settings import PRESETS, Dtype, Quantization
 from tests.covercal.walks import SummedPool, linears_of, logits, quantized_model
@@ -98,7 +99,6 @@ def test_transformers_computes_the_logits_of_the_quantised_model(variant: str, t
         (architecture, variant)
         for architecture in ARCHITECTURES
         for variant in ("awq", "coreq", "covercal", "precal", "w8a8 static after smoothing", "w8a8 dynamic")
-        # OPT hands its linears a matrix, of which compressed-tensors takes every number for a token
         if architecture != "llama" and (architecture, variant) != ("opt", "w8a8 dynamic")
     ],
 )
@@ -106,6 +106,14 @@ def test_transformers_computes_the_logits_of_the_quantised_model_of_every_archit
     architecture: str, variant: str, tmp_path: Path
 ) -> None:
     assert_read_back(tmp_path, architecture, variant)
+
+
+def test_dynamic_activations_are_refused_where_compressed_tensors_cannot_tell_tokens_apart() -> None:
+    message = r"^quantization\.activations: dynamic cannot be kept for a model of type opt: .* static or none\.$"
+    with pytest.raises(QuantizationError, match=message):
+        check_format(Quantization(**VARIANTS["w8a8 dynamic"]), decoder_of("opt").model)
+    check_format(Quantization(**VARIANTS["w8a8_static"]), decoder_of("opt").model)
+    check_format(Quantization(**VARIANTS["w8a8 dynamic"]), decoder_of("llama").model)
 
 
 @pytest.mark.parametrize("storage", ["float16", "float32"])

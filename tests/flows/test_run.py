@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from covercal.errors import ActivationError, InputError
 from covercal.recipe import load_recipe
 from flows.chain import Chain, identify, run_chain
+from flows.display import row_details
 from flows.execution import Direct, Planned, Recorder
 from flows.run import Finished, execute
 from flows.summary import stage_rows
@@ -390,3 +391,18 @@ def test_a_gguf_file_that_is_unpacked_for_the_check_counts_as_built(
     rows = {row["stage"]: row for row in run_through_prefect(path, store).stages}
     assert (rows["model"]["decision"], rows["model"]["artifacts"]) == ("built", 1)
     assert {row["decision"] for row in rows.values()} == {"built"}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["selection.selector=max_perplexity", "outliers.adaptive=true", "outliers.adaptive_k=1"],
+        ["quantization.method=cached", "quantization.shrinkage=validated"],
+    ],
+)
+def test_every_row_of_a_plan_says_what_it_does(
+    write_recipe: WriteRecipe, store: ArtifactStore, overrides: list[str]
+) -> None:
+    path = write_recipe()
+    details = row_details(load_recipe(path, overrides))
+    assert all(details.get(stage) for stage in plan_here(path, store, *overrides))
