@@ -184,7 +184,6 @@ def check_group_size(linears: dict[str, tuple[int, int]], group_size: int | None
             )
 
 
-@torch.inference_mode()
 def quantize_blocks(
     decoder: Decoder,
     sequences: Sequence[Tokens],
@@ -284,6 +283,7 @@ class _Job:
         return self.pool.statistics(site)
 
 
+@torch.inference_mode()
 def _start(job: _Job, sequences: Sequence[Tokens], memory: Memory) -> Calibration:
     gram = job.settings.gram
     if gram.prefixes:
@@ -313,6 +313,7 @@ def _enter(running: Calibration, resumed: Resumed) -> None:
             stream[number] = aligned(hidden)
 
 
+@torch.inference_mode()  # not around the generator: that would hold each block while the next one is made
 def _quantize_block(job: _Job, index: int, running: Calibration | None) -> QuantizedBlock:
     decoder, settings = job.decoder, job.settings
     block = decoder.own_block(index)
