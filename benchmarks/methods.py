@@ -21,14 +21,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from benchmarks.paper_tables import Markdown, base
+from benchmarks.paper_tables import Markdown, is_cached, prepared
 from benchmarks.real_model import machine
-from benchmarks.smollm2 import split
 from covercal.errors import CovercalError
 from covercal.recipe import Recipe, parse_recipe, with_fields
 from flows.chain import identify, run_chain
-from flows.demo import GGUF, prepare
-from flows.execution import Direct, Planned, Recorder
+from flows.execution import Direct, Recorder
 from flows.summary import summarize
 from flows.sweep import half_interval
 from storage.artifacts import ArtifactStore
@@ -37,7 +35,6 @@ from tasks.cached import open_store
 
 SAMPLES = 64
 MIXED = {"pool.sequence_length": [64, 128, 256, 512], "selection.budget": 68}  # 16,320 tokens; 64 x 256 is 16,384
-LIGHT = ("model", "pool", "texts", "outliers", "selection", "measures")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +172,7 @@ class Runner:
         value["quantization"] = {**settings, **row.quantization}
         recipe = parse_recipe(value, Path("/"))
         inputs = identify(recipe, self._store)
-        if self._cached_only and not self._is_cached(recipe):
+        if self._cached_only and not is_cached(recipe, self._store):
             return None
         chain = run_chain(recipe, inputs, Direct(self._store, Recorder()))
         summary = summarize(recipe, chain, self._store)
@@ -197,12 +194,6 @@ class Runner:
             summary["quantization"]["bytes"] / 1e6,
             {name: each["divergence"] for name, each in scores["domains"].items()},
         )
-
-    def _is_cached(self, recipe: Recipe) -> bool:
-        planned = Recorder()
-        run_chain(recipe, identify(recipe, self._store), Planned(self._store, planned))
-        heavy = [event for event in planned.events if event.stage not in LIGHT]
-        return all(event.decision in ("hit", "built", "rebuilt", "pulled") for event in heavy)
 
 
 def table(rows: Sequence[Row], cells: Sequence[Cell], bits: int) -> Markdown:
@@ -295,10 +286,8 @@ def main() -> None:
     given = parser.parse_args()
     console = Console(stderr=True)
     store = open_store()
-    folder = store.root / "benchmarks" / "paper_tables"
-    split(given.pool, folder)
-    model = given.model or prepare(store.root, console).parent / GGUF
-    runner = Runner(base(folder, model.absolute()), store, console, cached_only=given.cached_only)
+    recipe = prepared(given.pool, given.model, store, console)
+    runner = Runner(recipe, store, console, cached_only=given.cached_only)
     cells: list[Cell] = []
     tables = []
     for bits in given.bits:

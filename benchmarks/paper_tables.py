@@ -82,6 +82,21 @@ def _line(values: Iterable[object]) -> str:
     return "| " + " | ".join(str(value) for value in values) + " |"
 
 
+def is_cached(recipe: Recipe, store: ArtifactStore, until: str = "evaluation") -> bool:
+    """Return whether a run of a recipe would compute nothing that takes long."""
+    planned = Recorder()
+    run_chain(recipe, identify(recipe, store), Planned(store, planned), until=until)
+    heavy = [event for event in planned.events if event.stage not in LIGHT]
+    return all(event.decision in ("hit", "built", "rebuilt", "pulled") for event in heavy)
+
+
+def prepared(pool: Path, model: Path | None, store: ArtifactStore, console: Console) -> Recipe:
+    """Split a pool of texts into a folder of the store, fetch the model when none is given; return `base` for them."""
+    folder = store.root / "benchmarks" / "paper_tables"
+    split(pool, folder)
+    return base(folder, (model or prepare(store.root, console).parent / GGUF).absolute())
+
+
 def base(folder: Path, model: Path) -> Recipe:
     """Return the recipe that all cells start from."""
     value: dict[str, Any] = {
@@ -104,7 +119,7 @@ class Cells:
     def results(self, axes: dict[str, Sequence[Any]]) -> list[CellResult]:
         """Return what every combination of the axes gave."""
         swept = self.recipe.model_copy(update={"sweep": {name: list(values) for name, values in axes.items()}})
-        wanted = [cell for cell in cells(swept) if not self._cached_only or self._is_cached(cell)]
+        wanted = [cell for cell in cells(swept) if not self._cached_only or is_cached(cell.recipe, self.store)]
         new = [cell for cell in wanted if self._key(cell) not in self._found]
         found = run_cells(new, self.store, lambda cell: Direct(self.store, Recorder()), self._tell)
         for cell, result in zip(new, found, strict=True):
@@ -115,15 +130,9 @@ class Cells:
     def chain(self, fields: dict[str, Any], until: str = "evaluation") -> tuple[Recipe, Chain] | None:
         """Return the artifacts of one cell; None where it is not finished and must not be made."""
         recipe = parse_recipe(with_fields(self.recipe, fields), Path("/"))
-        if self._cached_only and not self._is_cached(Cell(fields, recipe), until):
+        if self._cached_only and not is_cached(recipe, self.store, until):
             return None
         return recipe, run_chain(recipe, identify(recipe, self.store), Direct(self.store, Recorder()), until=until)
-
-    def _is_cached(self, cell: Cell, until: str = "evaluation") -> bool:
-        planned = Recorder()
-        run_chain(cell.recipe, identify(cell.recipe, self.store), Planned(self.store, planned), until=until)
-        heavy = [event for event in planned.events if event.stage not in LIGHT]
-        return all(event.decision in ("hit", "built", "rebuilt", "pulled") for event in heavy)
 
     def _tell(self, number: int, cell: Cell, result: CellResult) -> None:
         said = result.error.splitlines()[0] if result.error else f"{main_number(result):.4f}"
@@ -310,11 +319,8 @@ def main() -> None:
     given = parser.parse_args()
     console = Console(stderr=True)
     store = open_store()
-    folder = store.root / "benchmarks" / "paper_tables"
-    split(given.pool, folder)
-    model = given.model or prepare(store.root, console).parent / GGUF
     wanted = Wanted(given.bits, given.shrinkage, given.budgets, given.pools, given.seeds, given.cached_only)
-    made = Cells(base(folder, model.absolute()), store, wanted.cached_only, console)
+    made = Cells(prepared(given.pool, given.model, store, console), store, wanted.cached_only, console)
     found, grid = tables(made, wanted)
     given.output.mkdir(parents=True, exist_ok=True)
     text = "\n".join(map(str, found))

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from covercal.calibration import Memory, Tokens, advance, block_sums, start_calibration
+from covercal.calibration import Calibration, Memory, Tokens, advance, block_sums, start_calibration
 from covercal.decoder import Decoder, Site
 from covercal.gram import SiteStatistics, Wanted
 from covercal.hidden_states import HiddenStates, aligned
@@ -106,7 +106,6 @@ class Resumed:
     entering: tuple[Sequence[Tensor], ...]
 
 
-@torch.inference_mode()
 def sum_pool(
     decoder: Decoder,
     shards: Sequence[Sequence[Tokens]],
@@ -133,9 +132,24 @@ def sum_pool(
     memory
         Where hidden states go, in equal parts for the shards.
     """
+    running = _start(decoder, shards, memory, by_sequence=by_sequence)
+    if resumed is not None:
+        for calibration, entering in zip(running, resumed.entering, strict=True):
+            for number, hidden in enumerate(entering):
+                calibration.hidden[number] = aligned(hidden)
+    wanted = Wanted(gram=True, magnitude=True, peak=True, spread=spread)
+    for index in range(0 if resumed is None else resumed.index, len(decoder.blocks)):
+        yield _sum_block(decoder, index, running, kept, wanted)
+        release_freed()
+
+
+@torch.inference_mode()
+def _start(
+    decoder: Decoder, shards: Sequence[Sequence[Tokens]], memory: Memory, *, by_sequence: bool
+) -> list[Calibration]:
     dtype: Dtype = str(decoder.model.dtype).removeprefix("torch.")  # type: ignore[assignment]  # one of the three
     share = None if memory.limit is None else memory.limit // max(len(shards), 1)
-    running = [
+    return [
         start_calibration(
             decoder,
             shard,
@@ -147,27 +161,29 @@ def sum_pool(
         )
         for number, shard in enumerate(shards)
     ]
-    if resumed is not None:
-        for calibration, entering in zip(running, resumed.entering, strict=True):
-            for number, hidden in enumerate(entering):
-                calibration.hidden[number] = aligned(hidden)
-    wanted = Wanted(gram=True, magnitude=True, peak=True, spread=spread)
-    last = len(decoder.blocks) - 1
-    for index in range(0 if resumed is None else resumed.index, last + 1):
-        block = decoder.block(index)
-        sites = decoder.block_sites(index)
-        found = {site.order: kept(site) for site in sites}
-        for calibration in running:
-            sums = block_sums(block, sites, calibration, wanted)
-            for order in list(sums):
-                added = _pool_site(sums.pop(order).statistics())
-                before = found[order]
-                found[order] = added if before is None else merged(before, added)
-            if index < last:
-                advance(calibration, block, index, (), None)
-        leaving = tuple(c.hidden.snapshot() for c in running) if index < last else ()
-        yield PoolBlock(index, {order: site for order, site in found.items() if site is not None}, leaving)
-        release_freed()
+
+
+@torch.inference_mode()  # not around the generator: that would hold each block while the next one is made
+def _sum_block(
+    decoder: Decoder,
+    index: int,
+    running: Sequence[Calibration],
+    kept: Callable[[Site], PoolSite | None],
+    wanted: Wanted,
+) -> PoolBlock:
+    block, last = decoder.block(index), index + 1 == len(decoder.blocks)
+    sites = decoder.block_sites(index)
+    found = {site.order: kept(site) for site in sites}
+    for calibration in running:
+        sums = block_sums(block, sites, calibration, wanted)
+        for order in list(sums):
+            added = _pool_site(sums.pop(order).statistics())
+            before = found[order]
+            found[order] = added if before is None else merged(before, added)
+        if not last:
+            advance(calibration, block, index, (), None)
+    leaving = () if last else tuple(calibration.hidden.snapshot() for calibration in running)
+    return PoolBlock(index, {order: site for order, site in found.items() if site is not None}, leaving)
 
 
 def _pool_site(found: SiteStatistics) -> PoolSite:

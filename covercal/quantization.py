@@ -227,7 +227,6 @@ def quantize_blocks(
             _enter(running, resumed)
     for index in range(first, len(decoder.blocks)):
         yield _quantize_block(job, index, running)
-        release_freed()
 
 
 @torch.inference_mode()

@@ -285,11 +285,6 @@ class Quantization(Section):
         return self.rounds and self.shrinkage.strength == "ledoit_wolf"
 
     @property
-    def packable(self) -> bool:
-        """Whether the packed format holds the weights; what it cannot hold is saved dense."""
-        return self.salient.share == 0
-
-    @property
     def static_from_calibration(self) -> bool:
         """Whether static activation ranges come from the chosen samples."""
         return self.activations.kind == "static" and self.activations.source == "calibration"

@@ -46,16 +46,6 @@ class Factor:
         """Return the columns in the order of rounding."""
         return self.columns.flip(0)
 
-    @property
-    def feedback(self) -> Tensor:
-        """Return `lower` in the order of rounding: above the diagonal, (j, k) is what k takes of j's error."""
-        return self.lower.flip(0, 1)
-
-    @property
-    def diagonal(self) -> Tensor:
-        """Return `roots` in the order of rounding."""
-        return self.roots.flip(0)
-
     def solve(self, matrix: Tensor) -> Tensor:
         """Return matrix @ H^-1, (rows, columns), columns in their natural order."""
         found = torch.empty_like(matrix)

@@ -291,7 +291,7 @@ def test_damping_grows_tenfold_an_attempt() -> None:
 def test_the_factor_is_upper_and_gives_the_damped_gram_matrix(damping: float, ordered: bool) -> None:
     _, gram = layer(2, 1, 40)
     factor = factorize(gram, damping, activation_order=ordered)
-    upper = factor.feedback * factor.diagonal
+    upper = factor.lower.flip(0, 1) * factor.roots.flip(0)
     damped = gram.numpy() + factor.damping * np.mean(np.diag(gram.numpy())) * np.eye(40)
     order = factor.order.numpy()
     assert torch.equal(upper, upper.triu())
@@ -305,9 +305,9 @@ def test_the_loss_is_the_sum_over_columns_of_squared_rounding_errors_times_squar
     codes = gptq(weight, gram, grid, ORDERED).codes
     rounded = dequantize(codes, *grid.columns(80))[:, factor.order]
     error = weight[:, factor.order] - rounded
-    wanted = weight[:, factor.order] + error @ factor.feedback.triu(1)  # what each column was rounded from
+    wanted = weight[:, factor.order] + error @ factor.lower.flip(0, 1).triu(1)  # what each column was rounded from
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(80).double()
-    by_columns = float((factor.diagonal.square() * (wanted - rounded).square()).sum())
+    by_columns = float((factor.roots.flip(0).square() * (wanted - rounded).square()).sum())
     assert by_columns == pytest.approx(loss(weight, codes, grid, damped), rel=1e-10)
 
 

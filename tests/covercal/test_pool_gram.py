@@ -1,5 +1,6 @@
 """The pool's Gram matrices against the inputs of the model's own forward passes, in float64."""
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple
 from functools import cache
@@ -289,3 +290,19 @@ def test_the_matrix_of_a_site_is_positive_on_its_diagonal_and_has_no_negative_ei
         values = np.linalg.eigvalsh(full(site))
         assert values.min() > -1e-5 * values.max()
         assert np.diag(full(site)).min() > 0
+
+
+def test_a_finished_block_is_let_go_before_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[weakref.ref[npt.NDArray[np.float32]]] = []
+    held: list[bool] = []
+    whole_block = Decoder.block
+
+    def watched(self: Decoder, index: int) -> nn.Module:
+        held.extend(gram() is not None for gram in done)
+        return whole_block(self, index)
+
+    monkeypatch.setattr(Decoder, "block", watched)
+    for block in summed(SHARDS):
+        done.append(weakref.ref(block.sites[0].gram))
+        del block
+    assert held == [False] * sum(range(BLOCKS))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from covercal.calibration import round_parameters
-from covercal.decoder import DTYPES, make_decoder
+from covercal.decoder import DTYPES, Decoder, make_decoder
 from covercal.errors import QuantizationError
 from covercal.quantization import (
     LinearReport,
@@ -123,6 +124,22 @@ def test_a_later_block_is_calibrated_behind_the_quantised_earlier_blocks(archite
     blocks = quantized(model)
     behind = replace_linears(model, [linear for block in blocks[:2] for linear in block.linears])
     assert torch.equal(by_name(blocks)[full].codes, expected_codes(model, full, inputs_of(behind, full)))
+
+
+def test_a_finished_block_is_let_go_before_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[weakref.ref[Tensor]] = []
+    held: list[bool] = []
+    own_block = Decoder.own_block
+
+    def watched(self: Decoder, index: int) -> nn.Module:
+        held.extend(codes() is not None for codes in done)
+        return own_block(self, index)
+
+    monkeypatch.setattr(Decoder, "own_block", watched)
+    for block in quantize_blocks(make_decoder(tiny_model()), SAMPLES, GPTQ, "float32"):
+        done.append(weakref.ref(block.linears[0].codes))
+        del block
+    assert held == [False] * sum(range(BLOCKS))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

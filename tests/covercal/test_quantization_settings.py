@@ -465,7 +465,6 @@ def test_a_key_holds_no_name_of_a_preset() -> None:
         ("reads_pool_gram", {"cached"}),
         ("reads_statistics", set()),
         ("validates", {"sarqc_gbs"}),
-        ("packable", set(PRESETS) - {"precal"}),
         ("static_from_calibration", {"w8a8_static"}),
     ],
 )

@@ -120,7 +120,7 @@ def test_what_is_factorised_is_the_matrix_shrunk_first_and_damped_then(
     _, gram = layer(2, 1, 12)
     gram[dead], gram[:, dead] = 0, 0
     factor = factorize(gram, damping, activation_order=ordered, weights=weights, shrinkage=share, towards=towards)
-    upper, order = (factor.feedback * factor.diagonal).numpy(), factor.order.numpy()
+    upper, order = (factor.lower.flip(0, 1) * factor.roots.flip(0)).numpy(), factor.order.numpy()
     expected = by_hand(gram, share, towards, factor.damping, weights)[order][:, order]
     np.testing.assert_allclose(upper @ upper.T, expected, rtol=1e-10, atol=1e-12)
 

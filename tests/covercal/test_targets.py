@@ -138,9 +138,9 @@ def test_the_loss_of_any_row_is_the_sum_over_columns_of_what_each_was_off_by(
     other, _ = layer(seed + 1, 5, 36)
     factor = factorize(gram, damping, activation_order=ordered)
     error = (weight - other)[:, factor.order]
-    off = error + error @ factor.feedback.triu(1)  # t - q
+    off = error + error @ factor.lower.flip(0, 1).triu(1)  # t - q
     expected = np.einsum("ri,ij,rj->r", weight - other, damped(gram, damping), weight - other)
-    np.testing.assert_allclose((off.square() @ factor.diagonal.square()).numpy(), expected, rtol=1e-9)
+    np.testing.assert_allclose((off.square() @ factor.roots.flip(0).square()).numpy(), expected, rtol=1e-9)
 
 
 # --- CoreQ's target ------------------------------------------------------------------------------------------------
