@@ -20,8 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import storage.artifacts
 from covercal.checkpoint import CheckpointWriter
 from covercal.recipe import load_recipe
-from flows.chain import identify, run_chain
+from flows.chain import run_chain
 from flows.execution import Direct, Recorder
+from flows.inputs import identify
 from storage.artifacts import ArtifactStore
 from storage.local import LocalObjects
 from storage.remote import RemoteObjects, open_remote

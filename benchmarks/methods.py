@@ -25,8 +25,9 @@ from benchmarks.paper_tables import Markdown, is_cached, prepared
 from benchmarks.real_model import machine
 from covercal.errors import CovercalError
 from covercal.recipe import Recipe, parse_recipe, with_fields
-from flows.chain import identify, run_chain
+from flows.chain import run_chain
 from flows.execution import Direct, Recorder
+from flows.inputs import identify
 from flows.summary import summarize
 from flows.sweep import half_interval
 from storage.artifacts import ArtifactStore

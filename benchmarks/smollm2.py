@@ -19,8 +19,9 @@ import numpy as np
 from benchmarks.real_model import real_model_folder, report
 from covercal.coverage import covered_channels, expected_random_coverage, greedy_cover
 from covercal.recipe import Recipe, parse_recipe
-from flows.chain import Chain, identify, run_chain
+from flows.chain import Chain, run_chain
 from flows.execution import Direct, Event, Recorder
+from flows.inputs import identify
 from flows.summary import summarize
 from storage.artifacts import ArtifactStore
 from tasks.cached import open_store

@@ -17,6 +17,10 @@ class QuantizationError(CovercalError):
     """A linear layer cannot be quantised as asked."""
 
 
+class EvaluationError(CovercalError):
+    """A model could not be judged as asked; what else was to be done is done and kept."""
+
+
 class TooFewSamplesError(InputError):
     """Texts that do not give the samples asked of them.
 

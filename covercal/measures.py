@@ -80,3 +80,43 @@ def set_distance(mean: Floats, pool: npt.NDArray[np.float32]) -> float:
     length = float(whole @ whole)
     away = mean - whole
     return float(away @ away) / length if length else 0.0
+
+
+def coverage_curve(coverage: Bools, weights: Floats, order: npt.NDArray[np.int64]) -> Floats:
+    """Return the share of the outlier weight that the first 1, 2, ... samples of an order cover, (samples ordered,).
+
+    Parameters
+    ----------
+    coverage, weights
+        Of the pool: (samples, channels) and (channels,).
+    order
+        Samples as chosen.
+    """
+    total = float(weights.sum())
+    missed = np.ones(weights.size, dtype=bool)
+    gained = np.zeros(len(order), dtype=np.float64)
+    for rank, sample in enumerate(order):
+        new = missed & coverage[sample]
+        gained[rank] = weights[new].sum()
+        missed &= ~new
+        if not missed.any():
+            break
+    return np.minimum(gained.cumsum() / total, 1.0) if total > 0 else gained
+
+
+def channel_map(position: npt.NDArray[np.int64], missed: Bools, channels: int, columns: int) -> npt.NDArray[np.int8]:
+    """Return the worst of each bin of a site's channels: 0 no outlier channel, 1 an outlier channel, 2 one missed.
+
+    Parameters
+    ----------
+    position, missed
+        (outlier channels,): which channel of the site each is, and whether no chosen sample fires it.
+    channels
+        Of the site.
+    columns
+        Bins at most; with fewer channels each has its own.
+    """
+    bins = min(channels, columns)
+    found = np.zeros(bins, dtype=np.int8)
+    np.maximum.at(found, position * bins // channels, np.where(missed, 2, 1).astype(np.int8))
+    return found

@@ -16,6 +16,8 @@ from covercal.section import Section, one_of
 from covercal.selectors.registry import SELECTORS
 from covercal.thresholds import RULES, WEIGHTINGS
 
+NOT_DRAWN = {"random": "it is always drawn, as a band", "given": "its samples are a list in the recipe"}
+
 
 class TextSource(Section):
     """Texts from a file, a folder of text files, or a data set on the hub."""
@@ -142,16 +144,59 @@ class DivergenceText(TextSource):
     limit: int = Field(24, ge=1, description="sequences, spread evenly over the domains")
 
 
+class LanguageTask(Section):
+    """A task of the lm-evaluation-harness: by its name there, or a task file of one's own."""
+
+    name: str | None = Field(None, description="task or group of lm-eval, such as arc_challenge; data from the hub")
+    path: str | None = Field(None, description="lm-eval task YAML; its `data_files` are relative to the YAML's folder")
+    limit: int | None = Field(None, ge=1, description="items of each task of a group, from the start; null: all")
+    shots: int | None = Field(None, ge=0, description="examples before each item; null: what the task itself says")
+    seed: int = Field(1234, ge=0, description="draws the examples; lm-eval's default")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.name is None):
+            raise ValueError("give either `name`, a task of lm-eval, or `path`, a task YAML")
+        return self
+
+    @property
+    def called(self) -> str:
+        """Return what people call this task."""
+        return str(self.name or Path(str(self.path)).stem)
+
+
 class Evaluation(Section):
     """How the quantised model is judged."""
 
     perplexity: tuple[PerplexityText, ...] = ()
     divergence: tuple[DivergenceText, ...] = ()
+    tasks: tuple[LanguageTask, ...] = ()
+    random: int = Field(
+        1, ge=0, description="random sets of the same size to quantise with as well, so that the choice can be judged"
+    )
+    layers: int = Field(
+        8, ge=0, description="sequences of the first divergence text on which the error of every linear is measured"
+    )
 
     @property
     def texts(self) -> tuple["PerplexityText | DivergenceText", ...]:
         """Return all texts: first those for perplexity, then those for divergence."""
         return (*self.perplexity, *self.divergence)
+
+
+class Report(Section):
+    """What the report shows beside the run itself."""
+
+    selectors: tuple[Annotated[str, one_of(SELECTORS, "selector")], ...] | None = Field(
+        None, description="selectors whose coverage is drawn; null: all that read nothing which the run does not make"
+    )
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> Self:
+        for name in NOT_DRAWN:
+            if name in (self.selectors or ()):
+                raise ValueError(f"report.selectors cannot name {name}: {NOT_DRAWN[name]}")
+        return self
 
 
 class Recipe(Section):
@@ -165,6 +210,7 @@ class Recipe(Section):
     selection: Selection = Selection()
     quantization: Quantization = Quantization()
     evaluation: Evaluation = Evaluation()
+    report: Report = Report()
     sweep: dict[str, tuple[Any, ...]] = Field(
         {}, description="fields and the values each takes in turn: selection.budget: [8, 32]; `covercal sweep` runs all"
     )
@@ -388,9 +434,12 @@ def _absolute(recipe: Recipe, folder: Path) -> Recipe:
         update={
             "model": recipe.model.model_copy(update={"source": source}),
             "pool": recipe.pool.model_copy(update={"sources": tuple(map(moved, recipe.pool.sources))}),
-            "evaluation": Evaluation(
-                perplexity=tuple(map(moved, recipe.evaluation.perplexity)),
-                divergence=tuple(map(moved, recipe.evaluation.divergence)),
+            "evaluation": recipe.evaluation.model_copy(
+                update={
+                    "perplexity": tuple(map(moved, recipe.evaluation.perplexity)),
+                    "divergence": tuple(map(moved, recipe.evaluation.divergence)),
+                    "tasks": tuple(map(moved, recipe.evaluation.tasks)),
+                }
             ),
         }
     )

@@ -8,8 +8,9 @@ from rich.table import Table
 
 from covercal.errors import InputError, TooFewSamplesError
 from covercal.recipe import Recipe, TextSource
-from flows.chain import check_model, identify, run_chain
+from flows.chain import run_chain
 from flows.execution import Direct, Recorder
+from flows.inputs import check_model, identify
 from storage.artifacts import ArtifactStore
 from tasks.audit import audit_set
 from tasks.capture import capture_shard, pool_shards

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from covercal.errors import CovercalError, InputError
+from covercal.errors import CovercalError, EvaluationError, InputError
 from flows.cache_cli import cache
 from flows.console import AsJson, Offline, new_console, print_json, the_store
 from storage.artifacts import ArtifactStore
@@ -44,7 +44,7 @@ def run(
     offline: Offline = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run the whole chain: pool, statistics, outliers, selection, checkpoint, evaluation."""
+    """Run the whole chain: pool, statistics, outliers, selection, checkpoint, evaluation, report."""
     from covercal.recipe import load_recipe
     from flows.run import execute
 
@@ -57,9 +57,13 @@ def run(
         _export(Path(finished.summary["checkpoint"]), output)
         finished.summary["checkpoint"] = str(output.absolute())
     if as_json:
-        print_json({"stages": finished.stages, **finished.summary, "report": None, "record": str(finished.record)})
-    _show_result(typed, finished.summary, console)
-    console.print(f"[bold]Record[/bold]       {finished.record}", soft_wrap=True, highlight=False)
+        files = {"report": str(finished.report), "record": str(finished.record)}
+        print_json(
+            {"command": command, "seconds": finished.seconds, "stages": finished.stages, **finished.summary, **files}
+        )
+    _show_result(finished.summary, console)
+    for name, path in (("Report", finished.report), ("Record", finished.record)):
+        console.print(f"[bold]{name}[/bold]       {path}", soft_wrap=True, highlight=False)
     again = f"covercal run {recipe} --set selection.budget={max(1, typed.selection.budget // 2)}"
     console.print(
         f"Next         {again}   (reuses all but quantisation and evaluation)",
@@ -67,6 +71,8 @@ def run(
         highlight=False,
         markup=False,
     )
+    if finished.failed:
+        raise EvaluationError(f"{len(finished.failed)} evaluations failed; the first: {finished.failed[0]}")
 
 
 @app.command()
@@ -100,8 +106,9 @@ def select(
 ) -> None:
     """Run up to the selection; `--output` writes the calibration set for any other tool."""
     from covercal.recipe import load_recipe
-    from flows.chain import identify, run_chain
+    from flows.chain import run_chain
     from flows.execution import Direct, Recorder
+    from flows.inputs import identify
     from flows.run import execute
     from flows.summary import selection_lines
 
@@ -131,15 +138,16 @@ def select(
 def sweep(
     recipe: RecipePath,
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option(help="Write sweep.json and sweep.png into this folder.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write report, figures and sweep.json to this folder.")] = None,
     as_json: AsJson = False,
     offline: Offline = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run the grid in the recipe's `sweep:`; shared stages once, one table, one plot. A failing cell loses no other."""
+    """Run the grid in the recipe's `sweep:`: shared stages once, one report. A failing cell loses no other."""
     from covercal.recipe import load_recipe
+    from flows.report import write_sweep
     from flows.run import execute_sweep
-    from flows.sweep import rows, sweep_table, write_sweep
+    from flows.sweep import rows, sweep_summary, sweep_table
 
     console = new_console(as_json)
     typed = load_recipe(recipe, overrides or [])
@@ -147,8 +155,8 @@ def sweep(
         raise InputError(f"Recipe {recipe} has no `sweep:`; add one, such as sweep: {{selection.budget: [8, 32]}}.")
     store = the_store(offline=offline)
     command = _header(console, "sweep", recipe, overrides)
-    results, record = execute_sweep(typed, store, console, command=command, verbose=verbose)
-    written = write_sweep(output or store.root / "sweeps" / record.stem, typed, results)
+    results, record, took = execute_sweep(typed, store, console, command=command, verbose=verbose)
+    written = write_sweep(output or store.root / "reports" / record.stem, sweep_summary(typed, results), took)
     failed = [each for each in results if each.error]
     console.print()
     found = rows(results)
@@ -259,16 +267,17 @@ def _export(checkpoint: Path, output: Path) -> None:
     shutil.copytree(checkpoint, output, ignore=shutil.ignore_patterns("MANIFEST.json"))
 
 
-def _show_result(recipe: Any, summary: dict[str, Any], console: Console) -> None:
+def _show_result(summary: dict[str, Any], console: Console) -> None:
     from flows.summary import result_table, selection_lines
 
     console.print()
     for line in selection_lines(summary):
         console.print(line, soft_wrap=True, highlight=False)
-    if summary["evaluation"]:
+    if summary["evaluation"] or summary["tasks"]:
         console.print()
-        console.print(result_table(recipe, summary))
+        console.print(result_table(summary))
     console.print()
+    console.print(f"[bold]Verdict[/bold]      {escape(summary['verdict'])}", soft_wrap=True, highlight=False)
     path = summary["checkpoint"]
     console.print(f"[bold]Checkpoint[/bold]   {path}", soft_wrap=True, highlight=False)
     console.print("             loads with AutoModelForCausalLM.from_pretrained(that folder)", highlight=False)

@@ -11,12 +11,19 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from covercal.recipe import Recipe
-from flows.execution import Event
+from flows.execution import FAILED, Event
 from flows.summary import grid_name
 from tasks.progress import Progress
 
 PLANNED_WORDS = {"hit": "cached", "build": "to do", "rebuild": "to rebuild", "waits": "to do", "pull": "to pull"}
-RUN_WORDS = {"hit": "cached", "built": "built", "waited": "built elsewhere", "pulled": "pulled", "rebuilt": "rebuilt"}
+RUN_WORDS = {
+    "failed": "failed",
+    "hit": "cached",
+    "built": "built",
+    "waited": "built elsewhere",
+    "pulled": "pulled",
+    "rebuilt": "rebuilt",
+}
 RULE_WORDS = {
     "sigma": "mean + {k:g} sigma",
     "mad": "median + {k:g} MAD",
@@ -49,7 +56,7 @@ def row_details(recipe: Recipe) -> dict[str, str]:
     lengths = recipe.pool.lengths
     size = f"{lengths[0]}" if len(lengths) == 1 else f"{min(lengths)} to {max(lengths)}"
     selection, outliers = recipe.selection, recipe.outliers
-    texts = len(recipe.evaluation.perplexity) + len(recipe.evaluation.divergence)
+    texts, tasks = len(recipe.evaluation.texts), len(recipe.evaluation.tasks)
     return {
         "model": "GGUF file to safetensors",
         "pool": f"{recipe.pool.samples} samples x {size} tokens",
@@ -71,7 +78,21 @@ def row_details(recipe: Recipe) -> dict[str, str]:
         "blocks": "quantised one by one from the Gram matrices",
         "checkpoint": grid_name(recipe),
         "evaluation": "divergence and perplexity",
+        "tasks": f"{tasks} task{'s' * (tasks != 1)}, scored with lm-eval",
+        "layers": "error of every linear on held-out inputs",
+        "rivals": "what other selectors would choose",
+        "overview": "coverage against budget, map of outlier channels",
+        "report": "figures",
+        **_random_rows(recipe),
     }
+
+
+def _random_rows(recipe: Recipe) -> dict[str, str]:
+    """Return what the rows of the random sets do."""
+    sets = recipe.evaluation.random
+    names = ["random"] if sets == 1 else [f"random {seed}" for seed in range(sets)]
+    chosen = {f"{name} choice": f"{recipe.selection.budget} of {recipe.pool.samples} by chance" for name in names}
+    return chosen | {name: f"{grid_name(recipe)} with these" for name in names}
 
 
 def finished_detail(row: Row) -> str:
@@ -154,7 +175,7 @@ class Display:
         seconds = sum(event.seconds for event in row.events)
         took = "" if self.planned else f"   {_clock(seconds)}"
         reason = reason_of(row)
-        return f"  {row.label:<12} {finished_detail(row):<58} {decision_words(row, planned=self.planned)}{took}" + (
+        return f"  {row.label:<13} {finished_detail(row):<58} {decision_words(row, planned=self.planned)}{took}" + (
             f"   ({reason})" if reason else ""
         )
 
@@ -168,8 +189,8 @@ class Display:
     def _cells(self, row: Row) -> Sequence[RenderableType]:
         if row.finished:
             seconds = sum(event.seconds for event in row.events)
-            rebuilt = any(str(event.decision) == "rebuilt" for event in row.events)
-            reason = reason_of(row) if self.planned or rebuilt else ""
+            told = any(str(event.decision) in ("rebuilt", FAILED) for event in row.events)
+            reason = reason_of(row) if self.planned or told else ""
             words = decision_words(row, planned=self.planned) + (f"  ({reason})" if reason else "")
             return finished_detail(row), words, "" if self.planned else _clock(seconds)
         running = next(iter(row.progress.values()), None)

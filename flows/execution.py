@@ -8,7 +8,15 @@ from storage.artifacts import ArtifactStore
 from storage.manifest import Decision, Manifest, Outcome, Ref, Request
 from tasks.cached import ByDigest, Step
 
-WORST_FIRST = ("rebuild", "build", "waits", "pull", *(str(d) for d in reversed(Decision)))  # plans first, then runs
+FAILED = "failed"
+WORST_FIRST = (
+    FAILED,
+    "rebuild",
+    "build",
+    "waits",
+    "pull",
+    *(str(d) for d in reversed(Decision)),
+)  # plans first, then runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +24,19 @@ class Pending:
     """Stands for a value that only exists once the row `label` has run."""
 
     label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Stands for an artifact that could not be made, where the run goes on without it.
+
+    Attributes
+    ----------
+    error
+        Why.
+    """
+
+    error: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +50,7 @@ class Event:
     stage, key
         The artifact; no key when it depends on what is not there yet.
     decision
-        A `Decision`, or for a plan also `build`, `rebuild`, `pull` or `waits`.
+        A `Decision`, or `failed`; for a plan also `build`, `rebuild`, `pull` or `waits`.
     reason
         Why.
     seconds
@@ -58,6 +79,10 @@ class Execution(Protocol):
 
     def map(self, label: str, step: Step, inputs: Any) -> Any:
         """Return the references of one step for several inputs, or `Pending` when they are not known yet."""
+        ...
+
+    def attempt(self, label: str, step: Step, inputs: Any) -> Any:
+        """Do as `map`; what fails is told, loses none of the others, and is `Failed` in the result."""
         ...
 
     def read(self, label: str, reader: Callable[..., Any], *refs: Any) -> Any:
@@ -113,6 +138,19 @@ class Direct:
         self.recorder.on_start(label, len(inputs))
         return tuple(self._one(label, step, each) for each in inputs)
 
+    def attempt(self, label: str, step: Step, inputs: Sequence[Mapping[str, Any]]) -> tuple[Ref | Failed, ...]:
+        """Build or find several artifacts, each whatever becomes of the others."""
+        self.recorder.on_start(label, len(inputs))
+        found: list[Ref | Failed] = []
+        for each in inputs:
+            try:
+                found.append(self._one(label, step, each))
+            except (
+                Exception
+            ) as error:  # the others must not be lost, whatever it is; it is told, and ends in exit code 1
+                found.append(_failed(self.recorder, label, step, error))
+        return tuple(found)
+
     def _one(self, label: str, step: Step, inputs: Mapping[str, Any]) -> Ref:
         outcome = step.run(self.store, label, inputs)
         self.recorder.add(event_of(label, outcome))
@@ -148,6 +186,10 @@ class Planned:
             return self._waits(label, step, inputs.label)
         self.recorder.on_start(label, len(inputs))
         return tuple(self._one(label, step, each) for each in inputs)
+
+    def attempt(self, label: str, step: Step, inputs: Any) -> tuple[Any, ...] | Pending:
+        """Find several artifacts."""
+        return self.map(label, step, inputs)
 
     def _one(self, label: str, step: Step, inputs: Mapping[str, Any]) -> Ref | Pending:
         waits_for = pending_label(inputs)
@@ -201,21 +243,40 @@ class Tracked:
 
     def map(self, label: str, step: Step, inputs: Sequence[Mapping[str, Any]]) -> tuple[Ref, ...]:
         """Run mapped tasks; the first failure ends the flow."""
+        return tuple(self._finished(label, future) for future in self._submitted(label, step, inputs))
+
+    def attempt(self, label: str, step: Step, inputs: Sequence[Mapping[str, Any]]) -> tuple[Ref | Failed, ...]:
+        """Run mapped tasks, each whatever becomes of the others."""
+        found: list[Ref | Failed] = []
+        for future in self._submitted(label, step, inputs):
+            try:
+                found.append(self._finished(label, future))
+            except Exception as error:  # as in `Direct`
+                found.append(_failed(self.recorder, label, step, error))
+        return tuple(found)
+
+    def _submitted(self, label: str, step: Step, inputs: Sequence[Mapping[str, Any]]) -> Any:
         from prefect.utilities.annotations import quote, unmapped
 
         self.recorder.on_start(label, len(inputs))
-        refs = []
         names = [label if len(inputs) == 1 else f"{label} {i}/{len(inputs)}" for i in range(1, len(inputs) + 1)]
         wrapped = [quote(dict(each)) for each in inputs]
-        for future in step.task.map(name=names, label=unmapped(label), inputs=wrapped):
-            outcome: Outcome = future.result()
-            self.recorder.add(event_of(label, outcome))
-            refs.append(outcome.ref)
-        return tuple(refs)
+        return step.task.map(name=names, label=unmapped(label), inputs=wrapped)
+
+    def _finished(self, label: str, future: Any) -> Ref:
+        outcome: Outcome = future.result()
+        self.recorder.add(event_of(label, outcome))
+        return outcome.ref
 
     def read(self, label: str, reader: Callable[..., Any], *refs: Any) -> Any:
         """Read artifacts."""
         return reader(self.store, *refs)
+
+
+def _failed(recorder: Recorder, label: str, step: Step, error: Exception) -> Failed:
+    """Tell that an artifact could not be made."""
+    recorder.add(Event(label, step.stage, "", FAILED, f"{type(error).__name__}: {error}"))
+    return Failed(str(error) or type(error).__name__)
 
 
 def hit(manifest: Manifest) -> Outcome:

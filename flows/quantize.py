@@ -9,13 +9,17 @@ from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State, StateType
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from covercal.recipe import Recipe, parse_recipe
-from flows.chain import Inputs, check_model, identify, run_chain
-from flows.execution import Direct, Recorder, Tracked
-from flows.summary import run_name, selection_lines, stage_rows, summarize
+from flows.chain import run_chain
+from flows.dashboard import show_run
+from flows.execution import FAILED, Direct, Recorder, Tracked
+from flows.inputs import Inputs, check_model, identify
+from flows.report import Concluded, conclude
+from flows.summary import run_name
 from flows.sweep import CellResult, Tell, cells, found_words, run_cells
 from tasks.cached import open_store
 
@@ -46,23 +50,27 @@ def _flow_run_name() -> str:
     task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]  # Prefect leaves its type open
     persist_result=False,
 )
-def quantize(recipe: dict[str, Any], until: str = "evaluation") -> dict[str, Any]:
-    """Run a recipe: choose calibration samples, quantise with them, evaluate.
+def quantize(recipe: dict[str, Any], until: str = "report") -> Concluded | State[Any]:
+    """Run a recipe: choose calibration samples, quantise with them, evaluate; return what came out.
 
     Parameters
     ----------
     recipe
         The recipe as JSON, paths absolute.
     until
-        `evaluation` for the whole chain, `selection` to end with the choice of samples.
+        `report` for the whole chain, `selection` to end with the choice of samples.
     """
     typed = parse_recipe(recipe, Path("/"))
     store = open_store()
     recorder = _recorder.get() or Recorder()
-    chain = run_chain(typed, identify(typed, store), Tracked(store, recorder), until=until)
-    summary = summarize(typed, chain, store)
-    create_markdown_artifact(_markdown(summary, recorder), key="summary", description="Verdict and cache decisions")
-    return summary
+    execution = Tracked(store, recorder)
+    chain = run_chain(typed, identify(typed, store), execution, until=until)
+    concluded = conclude(typed, chain, execution, recorder.events, until=until)
+    show_run(concluded, recorder.events, store)
+    failed = sum(event.decision == FAILED for event in recorder.events)
+    if failed:  # the run is shown as failed, and yet all that came out is in its hands
+        return State(type=StateType.FAILED, message=f"{failed} evaluations failed", data=concluded)
+    return concluded
 
 
 @flow(
@@ -89,20 +97,3 @@ def sweep(recipe: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _cell_name(result: CellResult) -> str:
     return ", ".join(f"{name} {value}" for name, value in result.fields.items())
-
-
-def _markdown(summary: dict[str, Any], recorder: Recorder) -> str:
-    lines = ["# " + " ".join(selection_lines(summary)[0].split()), ""]
-    if summary.get("evaluation"):
-        lines += ["| text | measure | original | round to nearest | this run |", "|---|---|---:|---:|---:|"]
-    for text in summary.get("evaluation", []):
-        columns = [text[name]["all"] for name in ("original", "nearest", "run")]
-        for measure in ("divergence", "agreement", "perplexity"):
-            if measure in columns[0]:
-                cells = " | ".join(f"{column[measure]:.4f}" for column in columns)
-                lines.append(f"| {text['text']} | {measure} | {cells} |")
-    lines += ["", "| stage | decision | reason | seconds |", "|---|---|---|---:|"]
-    lines += [
-        f"| {r['stage']} | {r['decision']} | {r['reason']} | {r['seconds']} |" for r in stage_rows(recorder.events)
-    ]
-    return "\n".join(lines)

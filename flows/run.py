@@ -11,12 +11,14 @@ from typing import Any
 
 from rich.console import Console
 
-from covercal.errors import CovercalError
+from covercal.errors import CovercalError, EvaluationError
 from covercal.recipe import Recipe
-from flows.chain import Chain, Inputs, check_model, identify, run_chain
+from flows.chain import run_chain
 from flows.display import Display
-from flows.execution import Direct, Event, Planned, Recorder
-from flows.summary import stage_rows, summarize
+from flows.execution import FAILED, Direct, Event, Planned, Recorder
+from flows.inputs import Inputs, check_model, identify
+from flows.report import Concluded, Took, conclude, lean, write_page
+from flows.summary import stage_rows
 from flows.sweep import Cell, CellResult, Tell, cells, found_words, run_cells
 from storage.artifacts import ArtifactStore
 from storage.durable import make_writable_folder
@@ -33,12 +35,28 @@ PREFECT_SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A run that ended well."""
+    """A run that came to its end.
+
+    Attributes
+    ----------
+    summary
+        Everything it found.
+    stages
+        One row per stage: what the store decided, why, and the time.
+    record, report
+        Files: the run record, and the page; no page for a run that ends at the selection.
+    seconds
+        Time it took.
+    failed
+        What could not be done on the way, in sentences.
+    """
 
     summary: dict[str, Any]
     stages: list[dict[str, Any]]
     record: Path
+    report: Path | None
     seconds: float
+    failed: list[str]
 
 
 def configured_server() -> str:
@@ -55,16 +73,16 @@ def configured_server() -> str:
 
 
 def plan(
-    recipe: Recipe, store: ArtifactStore, recorder: Recorder, *, until: str = "evaluation"
-) -> tuple[Inputs, Chain]:
+    recipe: Recipe, store: ArtifactStore, recorder: Recorder, *, until: str = "report"
+) -> tuple[Inputs, Concluded]:
     """Go through the chain without building anything but the token sequences."""
     inputs = identify(recipe, store)
-    return inputs, run_chain(recipe, inputs, Planned(store, recorder), until=until)
+    execution = Planned(store, recorder)
+    chain = run_chain(recipe, inputs, execution, until=until)
+    return inputs, conclude(recipe, chain, execution, recorder.events, until=until)
 
 
-def show_plan(
-    recipe: Recipe, store: ArtifactStore, console: Console, *, until: str = "evaluation"
-) -> list[dict[str, Any]]:
+def show_plan(recipe: Recipe, store: ArtifactStore, console: Console, *, until: str = "report") -> list[dict[str, Any]]:
     """Show which stages are cached and which are to do, and why; return the rows."""
     with Display(recipe, console, planned=True) as display:
         recorder = Recorder(display.start, display.event)
@@ -78,7 +96,7 @@ def execute(
     console: Console,
     *,
     command: str,
-    until: str = "evaluation",
+    until: str = "report",
     verbose: bool = False,
 ) -> Finished:
     """Run a recipe and keep its record.
@@ -89,7 +107,8 @@ def execute(
     planned = Recorder()
     if sent := store.send_unsent():
         console.print(f"{sent} artifacts that an earlier run could not send are in the remote now", highlight=False)
-    inputs, chain = plan(recipe, store, planned, until=until)
+    inputs, concluded = plan(recipe, store, planned, until=until)
+    run = new_run_name()
     made = ("built", "rebuilt", "pulled", "waited")
     cached = all(event.decision in ("hit", *made) for event in planned.events)
     built = {event.key: event for event in planned.events if event.decision in made}
@@ -103,26 +122,33 @@ def execute(
         try:
             if cached and not configured_server():
                 _replay(planned.events, recorder)
-                summary = summarize(recipe, chain, store)
             else:
                 make_writable_folder(store.root, "The cache folder")
                 built |= _check_model(recipe, inputs, store, display)
-                summary = _run_flow(recipe, recorder, console, until, verbose=verbose)
+                concluded = _run_flow(recipe, recorder, console, until, verbose=verbose)
         except BaseException as error:  # Ctrl-C too: the record says how the run ended, and the error goes on
-            _write(store, recipe, command, when, started, "failed", recorder.events, {}, error)
+            _write(store, run, recipe, command, when, started, "failed", recorder.events, {}, error)
             raise
-    record = _write(store, recipe, command, when, started, "completed", recorder.events, summary, None)
-    return Finished(summary, stage_rows(recorder.events), record, time.monotonic() - started)
+    seconds, events, summary = time.monotonic() - started, recorder.events, concluded.summary
+    page = None
+    if concluded.figures is not None:
+        how = Took(run, command, when.isoformat(timespec="seconds"), seconds, tuple(events))
+        page = write_page(store, recipe, concluded, how)
+    failed = [f"{each.label}: {each.reason}" for each in events if each.decision == FAILED]
+    lost = EvaluationError("; ".join(failed)) if failed else None
+    state = "failed" if failed else "completed"
+    record = _write(store, run, recipe, command, when, started, state, events, lean(summary), lost)
+    return Finished(summary, stage_rows(events), record, page, seconds, failed)
 
 
 def execute_sweep(
     recipe: Recipe, store: ArtifactStore, console: Console, *, command: str, verbose: bool = False
-) -> tuple[list[CellResult], Path]:
-    """Run every cell of a recipe's sweep; return what each found, and the run record.
+) -> tuple[list[CellResult], Path, Took]:
+    """Run every cell of a recipe's sweep; return what each found, the run record, and how it went.
 
     With no Prefect server configured, a sweep that the store can answer is answered from it.
     """
-    started, when = time.monotonic(), datetime.now(UTC)
+    started, when, run = time.monotonic(), datetime.now(UTC), new_run_name()
     wanted = cells(recipe)
     store.send_unsent()
     planned = Recorder()
@@ -155,8 +181,9 @@ def execute_sweep(
         failed = [each for each in results if each.error]
         state = "completed" if error is None and not failed else "failed"
         summary = {"cells": len(results), "failed": len(failed)}
-        record = _write(store, recipe, command, when, started, state, recorder.events, summary, error)
-    return results, record
+        record = _write(store, run, recipe, command, when, started, state, recorder.events, summary, error)
+    seconds = time.monotonic() - started
+    return results, record, Took(run, command, when.isoformat(timespec="seconds"), seconds, tuple(recorder.events))
 
 
 def _plannable(cell: Cell, store: ArtifactStore, planned: Recorder) -> bool:
@@ -202,13 +229,16 @@ def _check_model(recipe: Recipe, inputs: Inputs, store: ArtifactStore, display: 
     return {event.key: event for event in unpacking.events if event.decision != "hit"}
 
 
-def _run_flow(recipe: Recipe, recorder: Recorder, console: Console, until: str, *, verbose: bool) -> dict[str, Any]:
+def _run_flow(recipe: Recipe, recorder: Recorder, console: Console, until: str, *, verbose: bool) -> Concluded:
     _prepare_prefect(console, verbose=verbose)
     from flows.quantize import quantize, recording
 
     with recording(recorder):
-        summary: dict[str, Any] = quantize(recipe.model_dump(mode="json"), until)
-    return summary
+        state = quantize(recipe.model_dump(mode="json"), until, return_state=True)
+    found: Any = state.result(raise_on_failure=False)
+    if isinstance(found, Concluded):
+        return found
+    raise found
 
 
 def _prepare_prefect(console: Console, *, verbose: bool) -> None:
@@ -223,6 +253,7 @@ def _prepare_prefect(console: Console, *, verbose: bool) -> None:
 
 def _write(
     store: ArtifactStore,
+    run: str,
     recipe: Recipe,
     command: str,
     when: datetime,
@@ -234,7 +265,7 @@ def _write(
 ) -> Path:
     stages = [StageRecord(e.label, e.stage, e.key, str(e.decision), e.reason, e.seconds) for e in events]
     record = RunRecord(
-        run=new_run_name(),
+        run=run,
         command=command,
         started=when.isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - started, 3),

@@ -7,16 +7,23 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from covercal.coverage import covered_channels
 from covercal.recipe import Recipe
 from flows.chain import Chain
-from flows.execution import WORST_FIRST, Event
+from flows.execution import WORST_FIRST, Event, Failed
+from flows.judging import EvaluatedTask, EvaluatedText
+from flows.verdict import explanation, verdict
 from storage.artifacts import ArtifactStore
 from storage.manifest import Ref
 from storage.tables import read_table
-from tasks.evaluate import read_scores
+from tasks.evaluate import compare_texts, mean_scores, read_scores
+from tasks.language_tasks import compare_tasks, read_task_scores
+from tasks.layers import missed_at_linears, read_layer_errors
 from tasks.measures import read_measures
+from tasks.overview import read_overview
 from tasks.quantize import LINEARS
 from tasks.select import chosen_samples
+from tasks.thresholds import coverage_matrix
 
 
 def stage_rows(events: Sequence[Event]) -> list[dict[str, Any]]:
@@ -77,6 +84,7 @@ def quantization_summary(recipe: Recipe, chain: Chain, store: ArtifactStore) -> 
         "parameters": manifest.info["parameters"],
         "quantized_parameters": manifest.info["quantized_parameters"],
         "bytes": bytes_now,
+        "nearest_bytes": _weight_bytes(store, chain.nearest) if chain.nearest is not None else None,
         "original_bytes_16_bit": 2 * int(manifest.info["parameters"]),
     }
 
@@ -87,25 +95,112 @@ def _weight_bytes(store: ArtifactStore, checkpoint: Ref) -> int:
 
 
 def evaluation_summary(chain: Chain, store: ArtifactStore) -> list[dict[str, Any]]:
-    """Return the scores of original, round-to-nearest and this run on every text."""
-    return [
+    """Return what every model scored on every text, and how far this run is above the others, paired by sequence."""
+    return [_text_summary(text, store) for text in chain.texts]
+
+
+def _text_summary(text: EvaluatedText, store: ArtifactStore) -> dict[str, Any]:
+    value: dict[str, Any] = {
+        "text": Path(text.name).name,
+        "kind": text.kind,
+        "original": read_scores(store, text.reference),
+        "nearest": read_scores(store, text.nearest),
+        "run": read_scores(store, text.run),
+        "differences": {"nearest": compare_texts(store, text.run, [text.nearest])},
+    }
+    if text.random:
+        found = [read_scores(store, each) for each in text.random]
+        main = "divergence" if text.kind == "divergence" else "perplexity"
+        values = [each["all"][main] for each in found]
+        value["random"] = {**mean_scores(found), "seeds": list(range(len(found))), "values": values}
+        value["differences"]["random"] = compare_texts(store, text.run, text.random)
+    return value
+
+
+def tasks_summary(chain: Chain, store: ArtifactStore) -> list[dict[str, Any]]:
+    """Return what every model scored on every task, and how far this run lies above the others on the same items."""
+    return [_task_summary(task, store) for task in chain.tasks]
+
+
+def _task_summary(task: EvaluatedTask, store: ArtifactStore) -> dict[str, Any]:
+    done = {model: ref for model, ref in task.scores.items() if not isinstance(ref, Failed)}
+    failed = {model: ref.error for model, ref in task.scores.items() if isinstance(ref, Failed)}
+    value: dict[str, Any] = {
+        "task": task.name,
+        "error": "; ".join(f"{model}: {error}" for model, error in failed.items()),
+        "scores": {},
+        "differences": {},
+    }
+    found = {model: read_task_scores(store, ref) for model, ref in done.items()}
+    for each in found.values():
+        shown = ("metric", "shots", "limit", "items", "higher_is_better")
+        value |= {name: each[name] for name in shown}
+    value["scores"] = {
+        model: {name: each[name] for name in ("value", "error", "metrics", "subtasks")} for model, each in found.items()
+    }
+    if "run" in done:
+        others = {model: ref for model, ref in done.items() if model != "run"}
+        value["differences"] = {model: compare_tasks(store, done["run"], ref) for model, ref in others.items()}
+    return value
+
+
+def layers_summary(recipe: Recipe, chain: Chain, store: ArtifactStore) -> dict[str, Any] | None:
+    """Return the error of every linear on held-out inputs beside what its input's outlier channels miss."""
+    from covercal.comparison import rank_correlation
+
+    if chain.layers is None:
+        return None
+    nearest, run = (read_layer_errors(store, ref) for ref in chain.layers)
+    fires, _ = coverage_matrix(store, chain.outliers)
+    chosen = chosen_samples(store, chain.selection, recipe.selection.budget)
+    missed = missed_at_linears(store, chain.outliers, ~covered_channels(fires, chosen))
+    nothing = {"outlier_channels": 0, "uncovered": 0, "uncovered_weight": 0.0}
+    rows = [
         {
-            "text": Path(text.name).name,
-            "kind": text.kind,
-            "original": read_scores(store, text.reference),
-            "nearest": read_scores(store, text.nearest),
-            "run": read_scores(store, text.run),
+            **{name: mine[name] for name in ("name", "block", "kind")},
+            "nearest": plain["error"],
+            "run": mine["error"],
+            **missed.get((mine["block"], mine["kind"]), nothing),
         }
-        for text in chain.texts
+        for plain, mine in zip(nearest, run, strict=True)
     ]
+    seen = [row for row in rows if row["run"] is not None]
+    found = rank_correlation([row["uncovered_weight"] for row in seen], [row["run"] for row in seen])
+    manifest = store.manifest(chain.layers[1])
+    return {
+        "text": Path(recipe.evaluation.divergence[0].name).name,
+        "tokens": manifest.info["tokens"],
+        "linears": rows,
+        "correlation": None if found is None else {"spearman": found[0], "p_value": found[1]},
+        "explanation": explanation(seen, found),
+    }
+
+
+def models_summary(recipe: Recipe, chain: Chain) -> list[dict[str, str]]:
+    """Return the models that are compared, with the names that people read."""
+    count = len(chain.texts[0].random) if chain.texts else 0
+    if chain.tasks and not count:
+        count = int("random" in chain.tasks[0].scores)
+    budget = recipe.selection.budget
+    sets = f"{budget} random samples" if count == 1 else f"{count} random sets of {budget}"
+    named = {"original": "original", "nearest": "round to nearest", "random": sets, "run": "this run"}
+    return [{"id": name, "name": words} for name, words in named.items() if count or name != "random"]
 
 
 def summarize(recipe: Recipe, chain: Chain, store: ArtifactStore) -> dict[str, Any]:
     """Return everything that `run --json` prints but the stages."""
-    value: dict[str, Any] = {"selection": selection_summary(recipe, chain, store)}
+    value: dict[str, Any] = {"name": run_name(recipe), "selection": selection_summary(recipe, chain, store)}
+    if chain.overview is not None:
+        found = read_overview(store, chain.overview)
+        value["selection"] |= {name: found[name] for name in ("pool_domains", "texts", "curves")}
+        value["outlier_map"] = found["outlier_map"]
     if chain.checkpoint is not None:
         value["quantization"] = quantization_summary(recipe, chain, store)
+        value["models"] = models_summary(recipe, chain)
         value["evaluation"] = evaluation_summary(chain, store)
+        value["tasks"] = tasks_summary(chain, store)
+        value["layers"] = layers_summary(recipe, chain, store)
+        value["verdict"] = verdict(recipe, value)
         value["checkpoint"] = str(store.path(chain.checkpoint))
     return value
 
@@ -124,26 +219,36 @@ def grid_name(recipe: Recipe, method: str | None = None) -> str:
     return f"{method or settings.method} w{settings.bits} {group}" + (" symmetric" if settings.symmetric else "")
 
 
-def result_table(recipe: Recipe, summary: dict[str, Any]) -> Table:
+def result_table(summary: dict[str, Any]) -> Table:
     """Return the verdict: one column per model, one row per measure."""
     table = Table(box=None, pad_edge=False, title_justify="left", header_style="bold")
-    for name in ("", "original", "round to nearest", f"this run, {recipe.quantization.method}"):
+    models = [each["id"] for each in summary["models"]]
+    for name in ("", *(each["name"] for each in summary["models"])):
         table.add_column(name, justify="left" if not name else "right")
     for text in summary["evaluation"]:
-        columns = [text[name]["all"] for name in ("original", "nearest", "run")]
+        columns = [text[name]["all"] for name in models]
         if text["kind"] == "divergence":
             table.add_row("KL, nats per token", *(_measured(c, "divergence") for c in columns))
             table.add_row("same top token", *(f"{c['agreement']:.1%}" for c in columns))
         table.add_row(f"perplexity, {text['text']}", *(f"{c['perplexity']:.2f}" for c in columns))
+    for task in summary["tasks"]:
+        columns = [task["scores"].get(name) for name in models]
+        label = f"{task['task']}, {task['metric']}" if "metric" in task else task["task"]
+        table.add_row(label, *("failed" if each is None else _score(each) for each in columns))
     sizes = summary["quantization"]
-    now = f"{sizes['bytes'] / 1e6:.0f} MB"
-    table.add_row("size on disk", f"{sizes['original_bytes_16_bit'] / 1e6:.0f} MB (16 bits)", now, now)
+    weighs = {"original": sizes["original_bytes_16_bit"], "nearest": sizes["nearest_bytes"]}
+    cells = [f"{weighs.get(name, sizes['bytes']) / 1e6:.0f} MB" for name in models]
+    table.add_row("size on disk (original: 16 bits)", *cells)
     return table
 
 
 def _measured(scores: dict[str, Any], name: str) -> str:
     error = scores.get(f"{name}_error")
     return f"{scores[name]:.4f}" if not error else f"{scores[name]:.4f} ± {error:.4f}"
+
+
+def _score(found: dict[str, Any]) -> str:
+    return f"{found['value']:.4f}" + (f" ± {found['error']:.4f}" if found["error"] else "")
 
 
 def selection_lines(summary: dict[str, Any]) -> list[str]:

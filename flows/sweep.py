@@ -15,9 +15,11 @@ from rich.table import Table
 from covercal.errors import CovercalError
 from covercal.recipe import Recipe, parse_recipe, with_fields
 from covercal.selectors.registry import selector
-from flows.chain import Inputs, identify, run_chain
+from flows.chain import run_chain
 from flows.execution import Execution
+from flows.inputs import Inputs, identify
 from flows.summary import summarize
+from flows.verdict import sweep_verdict
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 
@@ -235,61 +237,30 @@ def _without(fields: dict[str, Any], *names: str) -> str:
     return json.dumps({name: value for name, value in fields.items() if name not in names}, sort_keys=True)
 
 
-def write_sweep(folder: Path, recipe: Recipe, results: Sequence[CellResult]) -> list[Path]:
-    """Write `sweep.json` (everything) and, when budgets differ, `sweep.png`; return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    found = rows(results)
-    value = {
+def sweep_summary(recipe: Recipe, results: Sequence[CellResult]) -> dict[str, Any]:
+    """Return everything that a sweep found, as plain JSON."""
+    found = [{name: _plain(value) for name, value in asdict(row).items()} for row in rows(results)]
+    model = Path(recipe.model.source).stem.lower()
+    return {
+        "name": f"{model} · {', '.join(name.rsplit('.', 1)[-1] for name in recipe.sweep)}",
+        "measure": measure_words(results),
+        "verdict": sweep_verdict(found, sum(bool(each.error) for each in results)),
         "recipe": recipe.model_dump(mode="json"),
+        "rows": found,
         "cells": [asdict(each) for each in results],
-        "rows": [{name: _plain(value) for name, value in asdict(row).items()} for row in found],
     }
-    written = [folder / "sweep.json"]
-    written[0].write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
-    if len({row.fields.get(BUDGET) for row in found}) > 1:
-        written.append(folder / "sweep.png")
-        plot(found, written[1])
-    return written
+
+
+def measure_words(results: Sequence[CellResult]) -> str:
+    """Return what the main number is."""
+    texts = next((each.scores for each in results if each.scores), [])
+    if any(each["kind"] == "divergence" for each in texts):
+        return "KL(original || quantised), nats per token"
+    return f"perplexity on {texts[0]['text']}" if texts else "nothing measured"
 
 
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def plot(found: Sequence[Row], path: Path) -> None:
-    """Draw the main number against the budget, one line for each selector, with 95% intervals; random in grey."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    others = {_without(row.fields, BUDGET, SELECTOR) for row in found}
-    figure, axes = pyplot.subplots(
-        1, len(others), figsize=(6.4 * len(others), 4.2), squeeze=False, layout="constrained"
-    )
-    for axis, other in zip(axes[0], sorted(others), strict=True):
-        mine = [row for row in found if _without(row.fields, BUDGET, SELECTOR) == other]
-        names = list(dict.fromkeys(str(row.fields.get(SELECTOR, "this recipe")) for row in mine))
-        for name in names:
-            line = sorted((r for r in mine if str(r.fields.get(SELECTOR, "this recipe")) == name), key=_budget_of)
-            spread = [0.0 if math.isnan(row.interval) else row.interval for row in line]
-            style = {"color": "0.45", "linewidth": 2.5, "zorder": 1} if name == RANDOM else {}
-            budgets, means = [_budget_of(row) for row in line], [row.mean for row in line]
-            axis.errorbar(budgets, means, yerr=spread, marker="o", markersize=4, capsize=3, label=name, **style)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sorted({_budget_of(row) for row in mine}))
-        axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-        axis.set_xlabel("samples chosen")
-        axis.set_ylabel("KL(original || quantised), nats per token")
-        axis.set_title(", ".join(f"{n.rsplit('.', 1)[-1]} {v}" for n, v in json.loads(other).items()), fontsize=10)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
-
-
-def _budget_of(row: Row) -> int:
-    return int(row.fields.get(BUDGET, 0))
 
 
 def sweep_table(found: Sequence[Row]) -> Table:

@@ -66,6 +66,7 @@ DASHBOARD_SECONDS = 1.0
 MIN_SHOWN = 2  # a step of one unit has no progress to show
 
 BuildFunction = Callable[..., Mapping[str, Any] | None]
+KeyedInputs = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 class Step:
@@ -81,20 +82,29 @@ class Step:
         Inputs that cannot change the result: places, devices.
     names
         What an input is called in a recipe, where that is not its own name; reasons speak in these names.
+    keyed
+        Returns the inputs as they count in the key, where one input decides what another means.
     """
 
     def __init__(
-        self, stage: str, version: int, build: BuildFunction, ignored: frozenset[str], names: Mapping[str, str]
+        self,
+        stage: str,
+        version: int,
+        build: BuildFunction,
+        ignored: frozenset[str],
+        names: Mapping[str, str],
+        keyed: KeyedInputs = dict,
     ) -> None:
         self.stage = stage
         self.version = version
         self.build = build
         self.ignored = ignored
         self.names = names
+        self.keyed = keyed
 
     def request(self, inputs: Mapping[str, Any]) -> Request:
         """Return what `inputs` ask of the store."""
-        keyed = {name: value for name, value in inputs.items() if name not in self.ignored}
+        keyed = {name: value for name, value in self.keyed(inputs).items() if name not in self.ignored}
         material = {self.names.get(name, name): key_material(value) for name, value in keyed.items()}
         if len(material) < len(keyed):
             raise ValueError(f"two inputs of stage {self.stage} have one name in its key: {sorted(material)}")
@@ -129,12 +139,17 @@ class Step:
 
 
 def cached(
-    stage: str, version: int, *, ignored: tuple[str, ...] = (), names: Mapping[str, str] | None = None
+    stage: str,
+    version: int,
+    *,
+    ignored: tuple[str, ...] = (),
+    names: Mapping[str, str] | None = None,
+    keyed: KeyedInputs = dict,
 ) -> Callable[[BuildFunction], Step]:
     """Turn a build function into a step of `stage`; see `Step`."""
 
     def wrap(build: BuildFunction) -> Step:
-        return Step(stage, version, build, frozenset(ignored), names or {})
+        return Step(stage, version, build, frozenset(ignored), names or {}, keyed)
 
     return wrap
 

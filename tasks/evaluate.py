@@ -2,15 +2,19 @@
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from storage.arrays import read_array, write_array
 from storage.artifacts import ArtifactStore
 from storage.manifest import Ref
+from storage.tables import read_table, write_table
 from tasks.cached import Build, ByDigest, cached
 from tasks.identities import ModelIdentity
 from tasks.model import original_decoder
@@ -23,10 +27,12 @@ if TYPE_CHECKING:
 LOSSES = "losses.zarr"
 HIDDEN = "hidden.zarr"
 SCORES = "scores.json"
+SEQUENCES = "sequences.parquet"
+PER_TOKEN = ("loss", "divergence", "agreement")
 FLOAT_BYTES = 4
 
 
-@cached("reference", version=1, ignored=("imported", "device"), names={"dtype": "model.dtype"})
+@cached("reference", version=2, ignored=("imported", "device"), names={"dtype": "model.dtype"})
 def reference_text(
     build: Build,
     *,
@@ -59,7 +65,7 @@ def reference_text(
     return {"tokens": int(found.losses.size)}
 
 
-@cached("evaluation", version=1, ignored=("imported", "device"), names={"dtype": "model.dtype"})
+@cached("evaluation", version=2, ignored=("imported", "device"), names={"dtype": "model.dtype"})
 def evaluate_text(
     build: Build,
     *,
@@ -94,11 +100,57 @@ def read_scores(store: ArtifactStore, ref: Ref) -> dict[str, Any]:
     return value
 
 
+def sequence_scores(store: ArtifactStore, ref: Ref) -> dict[str, npt.NDArray[np.float64]]:
+    """Return what each sequence of the text scored, float64 (sequences,): its tokens, and every measure there is."""
+    table = read_table(store.path(ref) / SEQUENCES)
+    columns = {name: table[name].to_numpy().astype(np.float64) for name in ("tokens", *PER_TOKEN)}
+    return {name: values for name, values in columns.items() if not np.isnan(values).any()}
+
+
+def compare_texts(store: ArtifactStore, run: Ref, others: Sequence[Ref]) -> dict[str, Any]:
+    """Return, for each measure, how far a run lies above the mean of some others on the same sequences.
+
+    Each is the mean over sequences of the paired differences, its 95% interval and its p-value.
+    """
+    from covercal.comparison import paired_difference
+
+    mine, theirs = sequence_scores(store, run), [sequence_scores(store, each) for each in others]
+    return {
+        name: plain(asdict(paired_difference(mine[name], np.mean([each[name] for each in theirs], axis=0))))
+        for name in PER_TOKEN
+        if name in mine
+    }
+
+
+def plain(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with None for what is not a number, as JSON has it."""
+    return {name: None if isinstance(each, float) and math.isnan(each) else each for name, each in value.items()}
+
+
+def mean_scores(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean of the scores of several models on one text; errors over sequences are averaged, too."""
+    return {
+        "all": _mean([each["all"] for each in found]),
+        "domains": {name: _mean([each["domains"][name] for each in found]) for name in found[0]["domains"]},
+    }
+
+
+def _mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        name: None
+        if any(row[name] is None for row in rows)
+        else type(value)(sum(row[name] for row in rows) / len(rows))
+        for name, value in rows[0].items()
+    }
+
+
 def _write_scores(build: Build, texts: Ref, scores: "list[SequenceScores]") -> None:
     domains = sample_columns(build.store, texts, "domain")["domain"]
     groups = {name: [s for s, d in zip(scores, domains, strict=True) if d == name] for name in sorted(set(domains))}
     value = {"all": _summary(scores), "domains": {name: _summary(group) for name, group in groups.items()}}
     (build.folder / SCORES).write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
+    columns = {name: pa.array([getattr(each, name) for each in scores]) for name in ("tokens", *PER_TOKEN)}
+    write_table(build.folder / SEQUENCES, {"domain": pa.array(domains), **columns})
 
 
 def _summary(scores: "list[SequenceScores]") -> dict[str, Any]:
@@ -109,11 +161,9 @@ def _summary(scores: "list[SequenceScores]") -> dict[str, Any]:
         "tokens": sum(s.tokens for s in scores),
         "perplexity": perplexity(scores),
     }
-    if not math.isnan(scores[0].divergence):
-        for name, values in (
-            ("divergence", [s.divergence for s in scores]),
-            ("agreement", [s.agreement for s in scores]),
-        ):
+    for name in PER_TOKEN:
+        values = [getattr(each, name) for each in scores]
+        if not math.isnan(values[0]):
             mean, error = mean_and_error(values)
             summary[name] = mean
             summary[f"{name}_error"] = None if math.isnan(error) else error

@@ -110,7 +110,7 @@ def identify_text(source: TextSource, store: ArtifactStore) -> TextIdentity:
         When it is not there.
     """
     if source.hub is not None and not Path(source.hub).is_dir():
-        return TextIdentity(source, hash_tagged("hub", _dataset_commit(source).encode()))
+        return TextIdentity(source, hash_tagged("hub", dataset_commit(source).encode()))
     root = Path(str(source.path or source.hub))
     files = sorted(p for p in root.rglob("*") if p.is_file()) if source.hub else source_files(source)
     hashes = file_hashes(store)
@@ -132,7 +132,14 @@ def model_folder(store: ArtifactStore, model: ModelIdentity, imported: Ref | Non
     return store.path(imported) if imported is not None else Path(model.folder)
 
 
-def _dataset_commit(source: TextSource) -> str:
+def dataset_commit(source: TextSource) -> str:
+    """Return the commit of a data set on the hub.
+
+    Raises
+    ------
+    InputError
+        When the hub does not tell it.
+    """
     if source.revision and re.fullmatch(r"[0-9a-f]{40}", source.revision):
         return source.revision
     from huggingface_hub import HfApi

@@ -34,7 +34,7 @@ def selection_inputs(
     samples: int,
     *,
     pool: Ref,
-    outliers: Ref,
+    outliers: Ref | None,
     statistics: tuple[Ref, ...],
     losses: tuple[Ref, ...] = (),
 ) -> dict[str, Any]:

@@ -30,8 +30,9 @@ from covercal.model_files import locate_model
 from covercal.pool import read_documents
 from covercal.recipe import Model, Recipe, TextSource, load_recipe
 from flows import cli
-from flows.chain import check_inputs, identify, run_chain
+from flows.chain import run_chain
 from flows.execution import Direct, Recorder
+from flows.inputs import check_inputs, identify
 from storage.arrays import read_array
 from storage.artifacts import ArtifactStore
 from storage.durable import flush_and_hash

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from covercal.measures import (
     always_fired,
+    channel_map,
     coverage_by_block,
+    coverage_curve,
     gram_distance,
     mean_jaccard,
     set_distance,
@@ -232,3 +234,49 @@ def test_means_are_taken_in_float64() -> None:
     pool = np.array([[2.0**24], [1], [1], [1]], dtype=np.float32)  # in float32, 2**24 + 1 is 2**24
     assert set_distance(np.array([(2.0**24 + 3) / 4]), pool) == 0
     assert gram_distance([pool], np.array([0, 1])) == pytest.approx((2.0**24 - 1) / (2.0**24 + 3), rel=1e-14)
+
+
+@settings(max_examples=100, deadline=None)
+@given(firings(), st.integers(0, 2**32 - 1))
+def test_a_curve_is_the_weight_that_each_prefix_of_the_order_fires(fires: Bools, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    weights = generator.lognormal(0, 2, fires.shape[1])
+    order = generator.permutation(len(fires))[: generator.integers(1, len(fires) + 1)]
+    curve = coverage_curve(fires, weights, order)
+    total = math.fsum(weights)
+    for count, found in enumerate(curve, start=1):
+        fired = set().union(*(set(np.flatnonzero(fires[s]).tolist()) for s in order[:count]))
+        expected = math.fsum(weights[list(fired)]) / total if total else 0.0
+        assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_curve_ends_at_one_when_everything_is_covered_and_never_above() -> None:
+    generator = np.random.default_rng(0)
+    weights = generator.lognormal(0, 3, 5000)
+    curve = coverage_curve(generator.random((40, 5000)) < 0.5, weights, np.arange(40))
+    assert curve[-1] == pytest.approx(1.0, abs=1e-12)
+    assert curve.max() <= 1.0
+    assert (np.diff(curve) >= 0).all()
+
+
+def test_a_channel_map_has_a_cell_for_each_channel_where_there_is_room() -> None:
+    found = channel_map(np.array([0, 2, 5]), np.array([False, True, False]), 6, 512)
+    assert found.tolist() == [1, 0, 2, 0, 0, 1]
+
+
+def test_a_channel_map_with_fewer_cells_shows_the_worst_of_each() -> None:
+    found = channel_map(np.array([0, 1, 4]), np.array([True, False, False]), 8, 4)
+    assert found.tolist() == [2, 0, 1, 0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 600), st.integers(0, 2**32 - 1))
+def test_no_outlier_channel_is_lost_on_the_map(channels: int, columns: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    position = np.flatnonzero(generator.random(channels) < 0.2)
+    missed = generator.random(position.size) < 0.3
+    found = channel_map(position, missed, channels, columns)
+    assert len(found) == min(channels, columns)
+    assert (found == 2).any() == missed.any()
+    assert (found > 0).any() == (position.size > 0)
+    assert (found > 0).sum() <= position.size

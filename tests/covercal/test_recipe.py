@@ -13,12 +13,14 @@ from covercal.errors import InputError
 from covercal.recipe import (
     DivergenceText,
     Evaluation,
+    LanguageTask,
     Model,
     Outliers,
     PerplexityText,
     Pool,
     Quantization,
     Recipe,
+    Report,
     Selection,
     Statistics,
     TextSource,
@@ -42,6 +44,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "evaluation": Evaluation,
     "evaluation.perplexity.0": PerplexityText,
     "evaluation.divergence.0": DivergenceText,
+    "evaluation.tasks.0": LanguageTask,
+    "report": Report,
 }
 FIELDS = [(section, name) for section, model in SECTIONS.items() for name in model.model_fields]
 
@@ -49,7 +53,11 @@ FIELDS = [(section, name) for section, model in SECTIONS.items() for name in mod
 def with_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Return a small recipe with one text of each kind and these dotted fields."""
     value = deepcopy(SMALLEST)
-    value["evaluation"] = {"perplexity": [{"path": "a.txt"}], "divergence": [{"path": "a.jsonl"}, {"path": "b.jsonl"}]}
+    value["evaluation"] = {
+        "perplexity": [{"path": "a.txt"}],
+        "divergence": [{"path": "a.jsonl"}, {"path": "b.jsonl"}],
+        "tasks": [{"name": "arc_challenge"}],
+    }
     for path, wanted in fields.items():
         *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
         here: Any = value
@@ -142,9 +150,39 @@ def test_a_model_and_texts_are_enough_and_the_rest_is_as_documented() -> None:
             },
             "storage_dtype": "auto",
         },
-        "evaluation": {"perplexity": (), "divergence": ()},
+        "evaluation": {"perplexity": (), "divergence": (), "tasks": (), "random": 1, "layers": 8},
+        "report": {"selectors": None},
         "sweep": {},
     }
+
+
+def test_a_task_runs_whole_with_its_own_shots_and_lm_evals_seed() -> None:
+    value = {**SMALLEST, "evaluation": {"tasks": [{"name": "arc_challenge"}, {"path": "tasks/mine.yaml"}]}}
+    named, own = parse_recipe(value, FOLDER).evaluation.tasks
+    assert named.model_dump() == {"name": "arc_challenge", "path": None, "limit": None, "shots": None, "seed": 1234}
+    assert own.path == "/recipes/tasks/mine.yaml"
+    assert (named.called, own.called) == ("arc_challenge", "mine")
+
+
+@pytest.mark.parametrize("task", [{}, {"name": "arc_challenge", "path": "mine.yaml"}])
+def test_a_task_is_named_in_one_way(task: dict[str, Any]) -> None:
+    said = complaint({**SMALLEST, "evaluation": {"tasks": [task]}})
+    assert "evaluation.tasks.0: give either `name`, a task of lm-eval, or `path`, a task YAML" in said.replace(
+        "`: ", ": "
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("limit", 0, "`evaluation.tasks.0.limit`: Input should be greater than or equal to 1"),
+        ("shots", -1, "`evaluation.tasks.0.shots`: Input should be greater than or equal to 0"),
+        ("seed", -1, "`evaluation.tasks.0.seed`: Input should be greater than or equal to 0"),
+        ("shot", 5, "there is no field `evaluation.tasks.0.shot`; did you mean `evaluation.tasks.0.shots`?"),
+    ],
+)
+def test_a_wrong_field_of_a_task_is_named(field: str, value: int, message: str) -> None:
+    assert message in complaint({**SMALLEST, "evaluation": {"tasks": [{"name": "arc_challenge", field: value}]}})
 
 
 def test_windows_and_limits_of_evaluation_texts_are_as_documented() -> None:

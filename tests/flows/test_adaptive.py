@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from covercal.recipe import load_recipe
-from flows.chain import Chain, identify, run_chain
+from flows.chain import Chain, run_chain
 from flows.execution import Direct, Event, Planned, Recorder
+from flows.inputs import identify
 from flows.summary import stage_rows, summarize
 from storage.artifacts import ArtifactStore
 from storage.manifest import Ref

@@ -14,8 +14,9 @@ import pytest
 from covercal.errors import InputError
 from covercal.recipe import TextSource, load_recipe
 from flows.audit import audit, audit_lines, calibration_source
-from flows.chain import Chain, identify, run_chain
+from flows.chain import Chain, run_chain
 from flows.execution import Direct, Recorder
+from flows.inputs import identify
 from flows.summary import stage_rows
 from storage.arrays import read_array
 from storage.artifacts import ArtifactStore

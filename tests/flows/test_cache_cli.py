@@ -14,8 +14,9 @@ import pytest
 import flows.run
 from covercal.recipe import Recipe
 from flows import cli
-from flows.chain import identify, run_chain
+from flows.chain import run_chain
 from flows.execution import Direct, Recorder
+from flows.inputs import identify
 from flows.summary import summarize
 from storage.artifacts import ArtifactStore
 from storage.durable import file_names

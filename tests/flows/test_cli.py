@@ -90,7 +90,8 @@ def test_run_shows_a_table_that_names_original_nearest_and_this_run(
     run_here(path, store)
     code, out, _ = command("run", path)
     assert code == 0
-    for wanted in ("original", "round to nearest", "this run, covercal", "KL, nats per token", "size on disk"):
+    models = ("original", "round to nearest", "4 random samples", "this run")
+    for wanted in (*models, "KL, nats per token", "size on disk"):
         assert wanted in out
     assert "Chosen" in out
     assert "random choice of that size" in out
@@ -150,7 +151,7 @@ def test_cache_ls_show_and_verify_agree_on_what_is_there(
     _, out, _ = command("cache", "show", chain.outliers.key[:16], "--json")
     shown = json.loads(out)
     assert [each["stage"] for each in shown["inputs"]] == ["statistics", "statistics"]
-    assert {each["stage"] for each in shown["read_by"]} == {"measures", "selection"}
+    assert {each["stage"] for each in shown["read_by"]} == {"measures", "selection", "overview", "report"}
     code, out, _ = command("cache", "verify", "--json")
     assert (code, json.loads(out)) == (0, {"checked": len(listed), "faults": {}})
 

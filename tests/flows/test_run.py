@@ -20,10 +20,13 @@ from transformers import AutoModelForCausalLM
 
 from covercal.errors import ActivationError, InputError
 from covercal.recipe import load_recipe
-from flows.chain import Chain, identify, run_chain
+from flows.chain import Chain, run_chain
+from flows.choosing import shown_selectors
 from flows.display import row_details
-from flows.execution import Direct, Planned, Recorder
-from flows.run import Finished, execute
+from flows.execution import Direct, Recorder
+from flows.inputs import identify
+from flows.report import conclude
+from flows.run import Finished, execute, plan
 from flows.summary import stage_rows
 from storage.artifacts import ArtifactStore
 from storage.runs import read_runs
@@ -36,7 +39,9 @@ def run_here(path: Path, store: ArtifactStore, *overrides: str) -> tuple[Chain, 
     """Run a recipe in this process without Prefect; return its artifacts and its rows by stage."""
     recipe = load_recipe(path, overrides)
     recorder = Recorder()
-    chain = run_chain(recipe, identify(recipe, store), Direct(store, recorder))
+    execution = Direct(store, recorder)
+    chain = run_chain(recipe, identify(recipe, store), execution, until="report")
+    conclude(recipe, chain, execution, recorder.events, until="report")
     return chain, {row["stage"]: row for row in stage_rows(recorder.events)}
 
 
@@ -44,7 +49,7 @@ def plan_here(path: Path, store: ArtifactStore, *overrides: str) -> dict[str, di
     """Plan a recipe; return its rows by stage."""
     recipe = load_recipe(path, overrides)
     recorder = Recorder()
-    run_chain(recipe, identify(recipe, store), Planned(store, recorder))
+    plan(recipe, store, recorder)
     return {row["stage"]: row for row in stage_rows(recorder.events)}
 
 
@@ -93,8 +98,8 @@ def test_a_first_run_builds_every_stage_and_its_checkpoint_loads(
     chain, rows = run_here(write_recipe(), store)
     assert {row["decision"] for row in rows.values()} == {"built"}
     assert list(rows) == [
-        *("pool", "texts", "statistics", "outliers", "selection", "measures"),
-        *("reference", "nearest", "checkpoint", "evaluation"),
+        *("pool", "texts", "statistics", "outliers", "selection", "measures", "rivals", "overview", "reference"),
+        *("nearest", "checkpoint", "random choice", "random", "evaluation", "layers", "report"),
     ]
     model = AutoModelForCausalLM.from_pretrained(store.path(chain.checkpoint))
     assert torch.isfinite(model(torch.arange(3, 20)[None]).logits).all()
@@ -123,8 +128,10 @@ def test_another_budget_runs_nothing_over_the_pool(write_recipe: WriteRecipe, st
     with counted_sequences(32) as seen:
         _, rows = run_here(path, store, "selection.budget=2")
     assert seen == []
-    assert [name for name, row in rows.items() if row["decision"] != "hit"] == ["measures", "checkpoint"]
-    assert [name for name, row in planned.items() if row["decision"] != "hit"] == ["measures", "checkpoint"]
+    new = ["measures", "rivals", "overview", "checkpoint", "report"]
+    assert [name for name, row in rows.items() if row["decision"] != "hit"] == new
+    assert [name for name, row in planned.items() if row["decision"] != "hit"] == new
+    assert rows["rivals"]["counts"]["built"] == 1  # cola alone has no one order for all budgets
     assert "calibration.tokens" in planned["checkpoint"]["reason"]
 
 
@@ -286,8 +293,12 @@ def test_the_flow_ends_cached_tasks_in_state_cached(
     from flows.quantize import quantize
 
     expected = {"pool", "texts", "statistics 1/2", "statistics 2/2", "outliers", "selection", "measures", "reference"}
-    expected |= {"nearest", "checkpoint", "evaluation 1/2", "evaluation 2/2"}
-    value = load_recipe(write_recipe()).model_dump(mode="json")
+    expected |= {"nearest", "checkpoint", "random choice", "random", "overview", "layers 1/2", "layers 2/2", "report"}
+    expected |= {f"evaluation {i}/3" for i in (1, 2, 3)}
+    recipe = load_recipe(write_recipe())
+    rivals = len(shown_selectors(recipe)) - 1
+    expected |= {f"rivals {i}/{rivals}" for i in range(1, rivals + 1)}
+    value = recipe.model_dump(mode="json")
     for name in ("Completed", "Cached"):
         state = quantize(value, return_state=True)
         assert state.is_completed()

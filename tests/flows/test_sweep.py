@@ -13,8 +13,9 @@ from scipy import stats
 
 from covercal.errors import InputError
 from covercal.recipe import load_recipe
-from flows.chain import check_model
 from flows.execution import Direct, Recorder
+from flows.inputs import check_model
+from flows.report import Took, write_sweep
 from flows.sweep import (
     CellResult,
     against_random,
@@ -23,8 +24,8 @@ from flows.sweep import (
     main_number,
     rows,
     run_cells,
+    sweep_summary,
     sweep_table,
-    write_sweep,
 )
 from storage.artifacts import ArtifactStore
 from tests.flows.test_cli import Command, command
@@ -160,29 +161,41 @@ def test_the_main_number_is_the_divergence_else_the_perplexity() -> None:
     assert math.isnan(main_number(CellResult({})))
 
 
+TOOK = Took("run", "covercal sweep recipe.yaml", "2026-01-01T00:00:00+00:00", 1.0, ())
+
 # --- what is written -----------------------------------------------------------------------------------------------
 
 
 def test_a_sweep_is_written_as_json_with_null_for_what_is_not_known(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     found = [result(0.1 * b, selector="coverage", budget=b) for b in (2, 4)]
-    written = write_sweep(tmp_path / "out", load_recipe(write_recipe()), found)
+    written = write_sweep(tmp_path / "out", sweep_summary(load_recipe(write_recipe()), found), TOOK)
     value = json.loads(written[0].read_text())
     assert [r["mean"] for r in value["rows"]] == [0.2, 0.4]
     assert value["rows"][0]["difference"] is value["rows"][0]["interval"] is None
-    assert [path.name for path in written] == ["sweep.json", "sweep.png"]
-    assert written[1].read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in written] == ["sweep.json", "sweep.html"]
+    assert value["verdict"] in written[1].read_text()
+    pictures = list((tmp_path / "out" / "figures").glob("*.png"))
+    assert pictures
+    assert all(each.read_bytes().startswith(b"\x89PNG") for each in pictures)
 
 
-def test_the_same_rows_give_the_same_picture(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_the_same_rows_give_the_same_files(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     found = [result(0.1 * b + 0.01 * s, selector="random", budget=b, seed=s) for b in (2, 4) for s in (0, 1)]
-    recipe = load_recipe(write_recipe())
-    one, other = (write_sweep(tmp_path / name, recipe, found)[1].read_bytes() for name in ("a", "b"))
+    summary = sweep_summary(load_recipe(write_recipe()), found)
+    for name in ("a", "b"):
+        write_sweep(tmp_path / name, summary, TOOK)
+    one, other = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+        for name in ("a", "b")
+    )
     assert one == other
 
 
-def test_one_budget_needs_no_picture(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    written = write_sweep(tmp_path, load_recipe(write_recipe()), [result(0.5, selector="coverage", budget=8)])
-    assert [path.name for path in written] == ["sweep.json"]
+def test_a_sweep_whose_every_cell_failed_still_has_its_report(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    found = [CellResult({"selection.budget": 2}, error="InputError: <b>no such thing</b>")]
+    page = write_sweep(tmp_path, sweep_summary(load_recipe(write_recipe()), found), TOOK)[1].read_text()
+    assert "No cell came to a result. 1 cells failed." in page
+    assert "&lt;b&gt;no such thing&lt;/b&gt;" in page
 
 
 def test_the_table_leaves_comparisons_out_where_nothing_is_random() -> None:

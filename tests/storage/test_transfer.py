@@ -15,8 +15,9 @@ import pytest
 
 from benchmarks.s3 import bucket_address, s3_client, s3_server
 from covercal.recipe import load_recipe
-from flows.chain import Chain, identify, run_chain
+from flows.chain import Chain, run_chain
 from flows.execution import Direct, Recorder
+from flows.inputs import identify
 from storage.artifacts import ArtifactStore
 from storage.durable import file_names
 from storage.errors import MissingArtifactError, RemoteSettingsError, StorageError

@@ -24,8 +24,9 @@ from covercal.pool_gram import PoolSite, sum_pool, symmetric
 from covercal.quantization_settings import Quantization
 from covercal.quantizers.grid import GridSettings, min_max_grid
 from covercal.recipe import Model, TextSource, parse_recipe
-from flows.chain import Chain, identify, run_chain
+from flows.chain import Chain, run_chain
 from flows.execution import Direct, Event, Planned, Recorder
+from flows.inputs import identify
 from storage.artifacts import CONTINUED, ArtifactStore
 from storage.manifest import MANIFEST, Decision, Outcome, Ref
 from tasks.capture import Shard, capture_shard, pool_shards

@@ -1,0 +1,96 @@
+"""What a recipe names, found by content and checked before any heavy work."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from covercal.errors import InputError
+from covercal.recipe import Recipe
+from flows.execution import Direct
+from storage.artifacts import ArtifactStore
+from storage.manifest import Ref
+from tasks.identities import (
+    ModelIdentity,
+    TextIdentity,
+    identify_evaluation_text,
+    identify_model,
+    identify_text,
+    model_folder,
+)
+from tasks.language_tasks import TaskIdentity, identify_task
+from tasks.model import import_model
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a recipe names, by content.
+
+    Attributes
+    ----------
+    model
+        The model.
+    sources
+        The pool's texts.
+    texts
+        The evaluation texts: first those for perplexity, then those for divergence.
+    tasks
+        The tasks.
+    """
+
+    model: ModelIdentity
+    sources: tuple[TextIdentity, ...]
+    texts: tuple[TextIdentity, ...]
+    tasks: tuple[TaskIdentity, ...] = ()
+
+
+def identify(recipe: Recipe, store: ArtifactStore) -> Inputs:
+    """Fingerprint everything that a recipe names.
+
+    Raises
+    ------
+    InputError
+        When something is not there or not usable.
+    """
+    evaluated = recipe.evaluation.texts
+    return Inputs(
+        identify_model(recipe.model, store),
+        tuple(identify_text(source, store) for source in recipe.pool.sources),
+        tuple(identify_evaluation_text(text, store) for text in evaluated),
+        tuple(identify_task(task, store) for task in recipe.evaluation.tasks),
+    )
+
+
+def check_model(recipe: Recipe, inputs: Inputs, execution: Direct) -> Ref | None:
+    """Check the model against the recipe before any heavy work; a GGUF file is unpacked for it, and returned.
+
+    Raises
+    ------
+    InputError
+        As `check_inputs`.
+    """
+    imported = execution.run("model", import_model, model=inputs.model) if inputs.model.gguf else None
+    check_inputs(recipe, inputs, model_folder(execution.store, inputs.model, imported))
+    return imported
+
+
+def check_inputs(recipe: Recipe, inputs: Inputs, folder: Any) -> None:
+    """Check the model against the recipe without reading a weight.
+
+    Raises
+    ------
+    InputError
+        When the blocks cannot be found, hold what cannot be quantised, the group size does not divide an input, or no
+        format holds the result.
+    """
+    from covercal.checkpoint import check_format
+    from covercal.decoder import describe_decoder, pick_device
+    from covercal.errors import QuantizationError
+    from covercal.quantization import check_group_size
+
+    pick_device(recipe.device)
+    trusted = inputs.model.trust_remote_code and not inputs.model.gguf
+    decoder = describe_decoder(folder, trust_remote_code=trusted)
+    try:
+        check_group_size(decoder.linear_shapes, recipe.quantization.group_size)
+        check_format(recipe.quantization, decoder.model)
+    except QuantizationError as cause:
+        raise InputError(str(cause)) from cause

@@ -1,0 +1,152 @@
+"""The report of a run: its figures as an artifact, and one page that also says how this run went."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import covercal
+from covercal.recipe import Recipe
+from flows.chain import Chain
+from flows.execution import Event, Execution, Pending
+from flows.summary import stage_rows, summarize
+from storage.artifacts import ArtifactStore
+from storage.durable import make_writable_folder, write_durably
+from storage.manifest import LIBRARIES
+from tasks.cached import references
+from tasks.figures import Shown, draw_figures, read_figures
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True, slots=True)
+class Concluded:
+    """What a run found, and the figures that show it.
+
+    Attributes
+    ----------
+    summary
+        Everything but the stages; empty while a plan has something to do.
+    figures
+        The report artifact; None where a run ends before it.
+    """
+
+    summary: dict[str, Any]
+    figures: Any = None
+
+
+def conclude(recipe: Recipe, chain: Chain, execution: Execution, events: Sequence[Event], *, until: str) -> Concluded:
+    """Sum a run up and draw its figures; in a plan with something left to do, say that they wait."""
+    todo = next((event.label for event in events if event.decision in ("build", "rebuild", "pull", "waits")), None)
+    if todo is not None:
+        figures = execution.run("report", draw_figures, shown=Pending(todo), parts=()) if until == "report" else None
+        return Concluded({}, figures)
+    summary = summarize(recipe, chain, execution.store)
+    if until != "report":
+        return Concluded(summary)
+    made = build_times(execution.store, events)
+    shown = {name: value for name, value in summary.items() if name not in ("checkpoint", "name")}
+    shown["stages"] = [{"stage": label, "made_in": seconds} for label, seconds in made.items()]
+    parts = tuple(dict.fromkeys(ref for part in _parts(chain) for ref in references(part)))
+    return Concluded(summary, execution.run("report", draw_figures, shown=Shown(shown), parts=parts))
+
+
+def lean(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return a summary without what is long: the report artifact holds it, a run record need not."""
+    value = {name: each for name, each in summary.items() if name not in ("outlier_map", "layers")}
+    if "selection" in value:
+        value["selection"] = {n: each for n, each in value["selection"].items() if n not in ("texts", "curves")}
+    return value
+
+
+def _parts(chain: Chain) -> list[Any]:
+    return [getattr(chain, each.name) for each in fields(chain)]
+
+
+def build_times(store: ArtifactStore, events: Sequence[Event]) -> dict[str, float]:
+    """Return the seconds that making each row once took, whoever made it and when."""
+    found: dict[str, float] = {}
+    for event in events:
+        manifest = store.look_up(event.stage, event.key).manifest if event.key else None
+        if manifest is not None:
+            found[event.label] = round(found.get(event.label, 0.0) + manifest.seconds, 3)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """How a run went.
+
+    Attributes
+    ----------
+    run, command, started
+        Its name, what was typed, and when it began (ISO 8601).
+    seconds
+        Time it took.
+    events
+        What became of every artifact.
+    """
+
+    run: str
+    command: str
+    started: str
+    seconds: float
+    events: tuple[Event, ...]
+
+
+def write_page(store: ArtifactStore, recipe: Recipe, concluded: Concluded, took: Took) -> Path:
+    """Write a run's page, with its figures as PNG beside it, and return the page's path."""
+    from tasks.report import run_page
+
+    figures = read_figures(store, concluded.figures)
+    folder = store.root / "reports" / took.run
+    make_writable_folder(folder / "figures", "The folder of reports")
+    for each in figures:
+        write_durably(folder / "figures" / f"{each.name}.png", each.png)
+    made = build_times(store, took.events)
+    told = {
+        **concluded.summary,
+        "command": took.command,
+        "finished": took.started,
+        "seconds": took.seconds,
+        "versions": versions(),
+        "device": device_words(recipe.device),
+        "recipe": recipe.model_dump(mode="json"),
+        "stages": [{**row, "made_in": made.get(row["stage"])} for row in stage_rows(took.events)],
+    }
+    write_durably(folder / PAGE, run_page(told, figures).encode())
+    return folder / PAGE
+
+
+def write_sweep(folder: Path, summary: dict[str, Any], took: Took) -> list[Path]:
+    """Write `sweep.json` (every number), `sweep.html` (the report) and the figures as PNG; return the first two."""
+    from tasks.report import sweep_figures, sweep_page
+
+    make_writable_folder(folder / "figures", "The folder of a sweep's results")
+    told = {
+        **summary,
+        "command": took.command,
+        "finished": took.started,
+        "seconds": took.seconds,
+        "versions": versions(),
+        "device": device_words(summary["recipe"]["device"]),
+    }
+    figures = sweep_figures(told)
+    for each in figures:
+        write_durably(folder / "figures" / f"{each.name}.png", each.png)
+    written = [folder / "sweep.json", folder / "sweep.html"]
+    write_durably(written[0], (json.dumps(told, indent=1, default=str) + "\n").encode())
+    write_durably(written[1], sweep_page(told, figures).encode())
+    return written
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides numbers."""
+    return {"covercal": covercal.__version__, **{name: version(name) for name in LIBRARIES}}
+
+
+def device_words(device: str) -> str:
+    """Return where a run computed, without waking a GPU's driver up for the purpose."""
+    return "the first GPU, else the CPU" if device == "auto" else device

@@ -1,0 +1,121 @@
+"""What a run was worth, in sentences that say what is noise."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from covercal.recipe import Recipe
+
+LEVEL = 0.05  # a correlation with a larger p-value is called none
+
+
+def verdict(recipe: Recipe, summary: dict[str, Any]) -> str:
+    """Return what came out, and whether choosing the samples was worth anything, in one or two sentences."""
+    texts = summary["evaluation"]
+    text = next((each for each in texts if each["kind"] == "divergence"), texts[0] if texts else None)
+    if text is None:
+        return _of_tasks(summary["tasks"])
+    measure = "divergence" if text["kind"] == "divergence" else "loss"
+    shown = "divergence" if text["kind"] == "divergence" else "perplexity"
+    words = "KL to the original" if shown == "divergence" else f"perplexity on {text['text']}"
+    nearest, run = text["nearest"]["all"][shown], text["run"]["all"][shown]
+    settings = recipe.quantization
+    result = (
+        f"{settings.method} at {settings.bits} bits: {words} {_number(run)}, rounding to nearest {_number(nearest)}"
+    )
+    if shown == "perplexity":
+        result += f", original {_number(text['original']['all'][shown])}"
+    if "random" not in text["differences"]:
+        return f"{result}."
+    return f"{result}. {_of_choice(recipe, text, measure, shown)}"
+
+
+def _of_choice(recipe: Recipe, text: dict[str, Any], measure: str, shown: str) -> str:
+    """Return whether the chosen samples did better than random ones, by the interval of the paired difference."""
+    selection, random = recipe.selection, text["random"]
+    change = text["run"]["all"][shown] / random["all"][shown] - 1.0
+    sets = len(random["seeds"])
+    rivals = f"{selection.budget} random samples" if sets == 1 else f"{sets} random sets of {selection.budget}"
+    found = text["differences"]["random"][measure]
+    start = f"Chosen by {selection.selector}: {abs(change):.1%} {'below' if change <= 0 else 'above'} {rivals}"
+    start += f" ({_number(random['all'][shown])})"
+    if found["low"] is None or found["high"] is None:
+        return f"{start}; one sequence says nothing about noise."
+    if found["low"] <= 0.0 <= found["high"]:
+        return f"{start}, which is within the noise."
+    only = "; other random sets may differ more" if sets == 1 else ""
+    return f"{start}, more than the noise of the text{only}."
+
+
+def _of_tasks(tasks: Sequence[dict[str, Any]]) -> str:
+    scored = [each for each in tasks if "run" in each["scores"] and "original" in each["scores"]]
+    if not scored:
+        return (
+            "Nothing was evaluated: the recipe's `evaluation:` is empty." if not tasks else "No task could be scored."
+        )
+    lines = [
+        f"{each['task']} {each['scores']['run']['value']:.3f} (original {each['scores']['original']['value']:.3f})"
+        for each in scored
+    ]
+    return "; ".join(lines) + "."
+
+
+def sweep_verdict(rows: Sequence[dict[str, Any]], failed: int) -> str:
+    """Return which selectors did better than random choice of the same size by more than noise.
+
+    Parameters
+    ----------
+    rows
+        Of the sweep's table: fields, mean, difference from random choice and its interval (None where there is none).
+    failed
+        Cells that came to nothing.
+    """
+    lost = f" {failed} cells failed." if failed else ""
+    compared = [row for row in rows if row["difference"] is not None and row["difference_interval"] is not None]
+    if not rows:
+        return f"No cell came to a result.{lost}"
+    if not compared:
+        best = min(rows, key=lambda row: float(row["mean"]))
+        return f"Lowest: {_row_words(best)} ({_number(best['mean'])}); nothing says how much of it is noise.{lost}"
+    clear = [row for row in compared if abs(row["difference"]) > row["difference_interval"]]
+    better = sorted((row for row in clear if row["difference"] < 0), key=_change)
+    worse = [row for row in clear if row["difference"] > 0]
+    count = f"Of {len(compared)} comparisons with random choice of the same size, {len(better)} are better and "
+    count += f"{len(worse)} worse by more than noise (95% intervals)"
+    if better:
+        count += f"; the clearest gain: {_row_words(better[0])}, {_change(better[0]):+.1%}"
+    elif len(compared) > 1:
+        count += "; choosing made no difference that can be shown"
+    return f"{count}.{lost}"
+
+
+def _change(row: dict[str, Any]) -> float:
+    """Return the difference from random choice as a share of it."""
+    return float(row["difference"]) / (float(row["mean"]) - float(row["difference"]))
+
+
+def _row_words(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name.rsplit('.', 1)[-1]} {value}" for name, value in row["fields"].items())
+
+
+def explanation(linears: Sequence[dict[str, Any]], correlation: tuple[float, float] | None) -> str:
+    """Return whether uncovered outlier channels explain where the linears' errors are large."""
+    missing = sum(row["uncovered"] > 0 for row in linears)
+    if not missing:
+        return "Every outlier channel is covered by the chosen samples, so what is left of the error has other causes."
+    share = f"{missing} of {len(linears)} linears read outlier channels that no chosen sample fires"
+    if correlation is None:
+        return f"{share}; too few values differ for a correlation with the error."
+    rank, p_value = correlation
+    if p_value > LEVEL:
+        return f"{share}; that does not explain their errors (rank correlation {rank:+.2f}, p = {p_value:.2g})."
+    direction = "larger" if rank > 0 else "smaller, not larger,"
+    measured = f"rank correlation {rank:+.2f}, p = {p_value:.2g}"
+    return f"{share}; the more weight is missed, the {direction} is the error ({measured})."
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2g}"

@@ -1,0 +1,135 @@
+"""The sentences about a run: what they claim must follow from the intervals."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from covercal.recipe import Recipe, parse_recipe
+from flows.verdict import explanation, sweep_verdict, verdict
+
+RECIPE = {"model": {"source": "m"}, "pool": {"sources": [{"path": "p"}]}, "selection": {"budget": 32}}
+
+
+def recipe(**selection: Any) -> Recipe:
+    return parse_recipe({**RECIPE, "selection": {"budget": 32, **selection}}, Path("/"))
+
+
+def text(low: float | None, high: float | None, *, run: float = 0.4, kind: str = "divergence", seeds: int = 1) -> Any:
+    measure = "divergence" if kind == "divergence" else "loss"
+    scores = {"original": 0.0, "nearest": 1.3, "random": 0.5, "run": run}
+    value = {name: {"all": {"divergence": kl, "perplexity": 20 * (1 + kl)}} for name, kl in scores.items()}
+    difference = {"mean": run - 0.5, "low": low, "high": high, "p_value": 0.01}
+    value["random"]["seeds"] = list(range(seeds))
+    return {
+        "text": "held.jsonl",
+        "kind": kind,
+        **value,
+        "differences": {"nearest": {}, "random": {measure: difference}},
+    }
+
+
+def summary(*texts: Any, tasks: Any = ()) -> dict[str, Any]:
+    return {"evaluation": list(texts), "tasks": list(tasks)}
+
+
+def test_a_difference_whose_interval_holds_zero_is_noise() -> None:
+    words = verdict(recipe(), summary(text(-0.2, 0.01)))
+    assert "within the noise" in words
+    assert "20.0% below 32 random samples (0.5)" in words
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "run", "word"), [(-0.2, -0.01, 0.4, "20.0% below"), (0.01, 0.2, 0.6, "20.0% above")]
+)
+def test_a_difference_whose_interval_leaves_zero_out_is_told_with_its_sign(
+    low: float, high: float, run: float, word: str
+) -> None:
+    words = verdict(recipe(), summary(text(low, high, run=run)))
+    assert word in words
+    assert "within the noise" not in words
+
+
+def test_one_random_set_is_not_called_the_noise_of_random_sets() -> None:
+    assert "other random sets may differ" in verdict(recipe(), summary(text(-0.2, -0.01)))
+    assert "other random sets may differ" not in verdict(recipe(), summary(text(-0.2, -0.01, seeds=5)))
+    assert "5 random sets of 32" in verdict(recipe(), summary(text(-0.2, -0.01, seeds=5)))
+
+
+def test_one_sequence_has_no_interval_and_no_claim() -> None:
+    words = verdict(recipe(), summary(text(None, None)))
+    assert "more than the noise" not in words
+    assert "one sequence" in words
+
+
+def test_divergence_speaks_before_perplexity() -> None:
+    words = verdict(recipe(), summary(text(-1, 1, kind="perplexity"), text(-0.2, 0.01)))
+    assert "KL to the original 0.4" in words
+    assert "perplexity" not in words
+
+
+def test_a_run_with_perplexity_alone_names_the_text_and_the_original() -> None:
+    words = verdict(recipe(), summary(text(-0.2, -0.01, kind="perplexity")))
+    assert "perplexity on held.jsonl 28, rounding to nearest 46, original 20" in words
+    assert "below" in words
+
+
+def test_without_a_rival_nothing_is_said_of_the_choice() -> None:
+    without = text(-0.2, -0.01)
+    del without["random"], without["differences"]["random"]
+    assert "Chosen" not in verdict(recipe(), summary(without))
+
+
+def test_tasks_speak_where_there_are_no_texts() -> None:
+    task = {"task": "arc", "scores": {"original": {"value": 0.4}, "run": {"value": 0.38}}}
+    assert verdict(recipe(), summary(tasks=[task])) == "arc 0.380 (original 0.400)."
+    assert "No task" in verdict(recipe(), summary(tasks=[{"task": "arc", "scores": {}}]))
+    assert "empty" in verdict(recipe(), summary())
+
+
+def row(name: str, mean: float, difference: float | None, interval: float | None) -> dict[str, Any]:
+    fields = {"selection.selector": name, "selection.budget": 8}
+    return {"fields": fields, "mean": mean, "difference": difference, "difference_interval": interval}
+
+
+def test_a_sweep_counts_only_what_is_more_than_noise() -> None:
+    rows = [
+        row("random", 1.0, None, None),
+        row("a", 0.9, -0.1, 0.05),
+        row("b", 0.97, -0.03, 0.05),
+        row("c", 1.2, 0.2, 0.1),
+    ]
+    words = sweep_verdict(rows, 0)
+    assert words.startswith("Of 3 comparisons with random choice of the same size, 1 are better and 1 worse")
+    assert "selector a, budget 8, -10.0%" in words
+    assert "failed" not in words
+    assert "2 cells failed" in sweep_verdict(rows, 2)
+
+
+def test_a_sweep_without_random_choice_claims_nothing() -> None:
+    words = sweep_verdict([row("a", 0.9, None, None), row("b", 0.8, None, None)], 0)
+    assert words.startswith("Lowest: selector b")
+    assert "nothing says how much of it is noise" in words
+
+
+def linear(uncovered: int) -> dict[str, Any]:
+    return {"uncovered": uncovered}
+
+
+def test_full_coverage_explains_nothing() -> None:
+    assert "Every outlier channel is covered" in explanation([linear(0)] * 4, None)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ((0.6, 0.001), "the larger is the error"),
+        ((-0.6, 0.001), "smaller, not larger"),
+        ((0.1, 0.4), "does not explain"),
+    ],
+)
+def test_a_correlation_is_told_with_its_direction_and_only_when_it_is_one(
+    found: tuple[float, float], words: str
+) -> None:
+    assert words in explanation([linear(1), linear(0)], found)
+    assert "1 of 2 linears" in explanation([linear(1), linear(0)], found)

@@ -1,0 +1,87 @@
+"""The figures of a sweep."""
+
+import re
+from typing import Any
+
+import numpy as np
+
+from tasks.report import Figure, sweep_figures, sweep_left_out
+from tests.tasks.report.summaries import sweep_summary
+
+
+def test_a_whole_sweep_gives_every_figure(sweep_drawn: dict[str, Figure]) -> None:
+    assert list(sweep_drawn) == ["against-random", "budget", "sweep-coverage", "coverage-quality"]
+
+
+def test_two_drawings_are_the_same_bytes(sweep_drawn: dict[str, Figure]) -> None:
+    for again in sweep_figures(sweep_summary()):
+        assert (again.svg, again.png) == (sweep_drawn[again.name].svg, sweep_drawn[again.name].png)
+
+
+def test_ids_differ(sweep_drawn: dict[str, Figure]) -> None:
+    ids = re.findall(r'\bid="([^"]+)"', "".join(each.svg for each in sweep_drawn.values()))
+    assert len(ids) == len(set(ids))
+
+
+def test_rows_below_and_above_random_are_counted(sweep: dict[str, Any], sweep_drawn: dict[str, Figure]) -> None:
+    compared = [row for row in sweep["rows"] if row["difference"] is not None]
+    lower = sum(row["difference"] + row["difference_interval"] < 0 for row in compared)
+    higher = sum(row["difference"] - row["difference_interval"] > 0 for row in compared)
+    caption = sweep_drawn["against-random"].caption
+    assert f"Of {len(compared)} rows, {lower} are lower (better)" in caption
+    assert f"{higher} higher" in caption
+
+
+def test_the_lowest_row_of_every_panel_is_named(sweep: dict[str, Any], sweep_drawn: dict[str, Figure]) -> None:
+    for bits in (3, 4):
+        mine = [row for row in sweep["rows"] if row["fields"]["quantization.bits"] == bits]
+        best = min(mine, key=lambda row: row["mean"])
+        words = f"{best['fields']['selection.selector']}@{best['fields']['selection.budget']}, bits {bits}"
+        assert f"{words} at {best['mean']:.4f}" in sweep_drawn["budget"].caption
+
+
+def test_the_table_of_the_budget_figure_holds_every_row(sweep: dict[str, Any], sweep_drawn: dict[str, Figure]) -> None:
+    for row, cells in zip(sweep["rows"], sweep_drawn["budget"].table.rows, strict=True):
+        fields = row["fields"]
+        assert cells[:3] == (
+            f"bits {fields['quantization.bits']}",
+            fields["selection.selector"],
+            str(fields["selection.budget"]),
+        )
+        assert cells[3] == f"{row['mean']:.4f}"
+        assert cells[5] == str(len(row["values"]))
+
+
+def test_coverage_is_the_mean_over_seeds(sweep: dict[str, Any], sweep_drawn: dict[str, Figure]) -> None:
+    mine = [
+        cell["measures"]["weighted_coverage"]
+        for cell in sweep["cells"]
+        if cell["fields"]["selection.selector"] == "random" and cell["fields"]["selection.budget"] == 8
+    ]
+    row = next(row for row in sweep_drawn["sweep-coverage"].table.rows if row[:2] == ("random", "8"))
+    assert row[2] == f"{100 * np.mean(mine):.1f}%"
+
+
+def test_a_sweep_without_random_or_budgets_says_so() -> None:
+    rows = [
+        {"fields": {"quantization.bits": bits}, "values": [0.3], "mean": 0.3, "interval": None, "difference": None}
+        for bits in (3, 4)
+    ]
+    changed = sweep_summary(rows=rows, cells=[])
+    assert sweep_figures(changed) == []
+    assert {each.title for each in sweep_left_out(changed)} == {
+        "Difference to random choice", "Quality against budget", "Coverage against budget",
+        "Does coverage predict quality?",
+    }  # fmt: skip
+
+
+def test_a_sweep_of_failures_alone_draws_nothing() -> None:
+    failed = [{"fields": {"selection.budget": 8}, "error": "ValueError: no"}]
+    assert sweep_figures(sweep_summary(rows=[], cells=failed)) == []
+
+
+def test_twenty_selectors_get_twenty_looks() -> None:
+    from tasks.report.drawing import named_style
+
+    looks = [named_style(index) for index in range(20)]
+    assert len({(colour, style["marker"]) for colour, style in looks}) == 20
