@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test browser lint clean
 
 demo: $(READY)
 	$(BIN)/covercal demo
 
-test: $(READY)
+test: $(READY) browser
 	$(BIN)/python -m pytest
+
+# The report is looked at in a real browser: where there is none, and this user may install one, Debian's Chromium comes.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	  || echo "no Chromium here: the tests of the report's pages will be skipped"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,0 +1,157 @@
+"""Tasks and linears in a whole run: who is compared, what one failure costs, and what a user is told."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from covercal.recipe import load_recipe
+from flows.chain import Chain, run_chain
+from flows.dashboard import result_rows
+from flows.execution import FAILED, Direct, Event, Failed, Recorder
+from flows.inputs import identify
+from flows.report import conclude
+from storage.artifacts import ArtifactStore
+from storage.tables import read_table
+from tasks.layers import read_layer_errors
+from tasks.quantize import LINEARS
+from tests.covercal.test_language_tasks import CHOICES, write_task
+from tests.flows.test_cli import Command, command
+
+__all__ = ["command"]
+
+WriteRecipe = Callable[..., Path]
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> list[dict[str, Any]]:
+    """Two tasks on local files; the second asks for more examples than it has."""
+    good = write_task(tmp_path / "good", CHOICES, "good.yaml")
+    return [{"path": str(good), "limit": 4}, {"path": str(good), "limit": 4, "shots": 1000}]
+
+
+def run_here(path: Path, store: ArtifactStore, *overrides: str) -> tuple[Chain, dict[str, Any], list[Event]]:
+    recipe = load_recipe(path, overrides)
+    recorder = Recorder()
+    execution = Direct(store, recorder)
+    chain = run_chain(recipe, identify(recipe, store), execution, until="report")
+    return chain, conclude(recipe, chain, execution, recorder.events, until="report").summary, recorder.events
+
+
+def test_a_failed_task_loses_none_of_the_others_and_is_told(
+    write_recipe: WriteRecipe, store: ArtifactStore, tasks: list[dict[str, Any]]
+) -> None:
+    path = write_recipe(evaluation={"tasks": tasks})
+    chain, summary, events = run_here(path, store)
+    good, bad = chain.tasks
+    assert list(good.scores) == ["original", "nearest", "run", "random"]
+    assert not any(isinstance(each, Failed) for each in good.scores.values())
+    assert all(isinstance(each, Failed) for each in bad.scores.values())
+    failed = [event for event in events if event.decision == FAILED]
+    assert [event.label for event in failed] == ["tasks"] * 4
+    one, other = summary["tasks"]
+    assert one["error"] == ""
+    assert set(one["scores"]) == {"original", "nearest", "run", "random"}
+    assert set(one["differences"]) == {"original", "nearest", "random"}
+    assert other["scores"] == other["differences"] == {}
+    assert "1000" in other["error"]
+    rows = {(row["on"], row["measure"]): row for row in result_rows(summary)}
+    assert rows[one["task"], one["metric"]]["this run"] == one["scores"]["run"]["value"]
+    assert rows[other["task"], ""]["this run"] == "failed"
+
+
+def test_what_failed_is_tried_again_and_nothing_else_is(
+    write_recipe: WriteRecipe, store: ArtifactStore, tasks: list[dict[str, Any]]
+) -> None:
+    path = write_recipe(evaluation={"tasks": tasks})
+    run_here(path, store)
+    _, _, events = run_here(path, store)
+    assert [event.decision for event in events if event.label == "tasks"] == ["hit"] * 4 + [FAILED] * 4
+    assert {event.decision for event in events if event.label != "tasks"} == {"hit"}
+
+
+def test_the_command_writes_the_report_says_what_failed_and_ends_with_1(
+    command: Command,
+    write_recipe: WriteRecipe,
+    store: ArtifactStore,
+    tasks: list[dict[str, Any]],
+    prefect_server: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = write_recipe(evaluation={"tasks": tasks})
+    code, out, err = command("run", path, "--json")
+    assert code == 1
+    assert "4 evaluations failed" in err
+    value = json.loads(out)
+    assert value["tasks"][0]["scores"]["run"]["value"] >= 0
+    assert Path(value["report"]).read_text().count("1000") > 0
+    assert json.loads(Path(value["record"]).read_text())["state"] == "failed"
+
+
+def test_a_flow_with_a_failed_task_ends_failed_with_all_that_it_found_and_shows_it(
+    write_recipe: WriteRecipe, store: ArtifactStore, tasks: list[dict[str, Any]], prefect_server: None
+) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+    from flows.quantize import quantize
+
+    recipe = load_recipe(write_recipe(evaluation={"tasks": tasks}))
+    state = quantize(recipe.model_dump(mode="json"), return_state=True)
+    assert state.is_failed()
+    found = state.result(raise_on_failure=False)
+    assert found.summary["tasks"][0]["scores"]["run"]["value"] >= 0
+    run = ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id])
+    with get_client(sync_client=True) as client:
+        shown = {each.key: each for each in client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id=run))}
+    assert {"summary", "stages", "result"} < set(shown)
+    assert found.summary["verdict"] in shown["summary"].data
+    assert sum(each.type == "image" for each in shown.values()) == 3
+    assert all(each.data.startswith("data:image/png;base64,") for each in shown.values() if each.type == "image")
+
+
+def test_a_run_of_tasks_alone_has_its_verdict(
+    write_recipe: WriteRecipe, store: ArtifactStore, tasks: list[dict[str, Any]]
+) -> None:
+    _, summary, _ = run_here(write_recipe(evaluation={"tasks": tasks[:1], "divergence": []}), store)
+    assert summary["verdict"].startswith(summary["tasks"][0]["task"])
+    assert summary["layers"] is None
+    assert [each["id"] for each in summary["models"]] == ["original", "nearest", "random", "run"]
+
+
+def test_random_sets_are_left_out_where_nothing_reads_samples_or_the_choice_is_random(
+    write_recipe: WriteRecipe, store: ArtifactStore
+) -> None:
+    path = write_recipe()
+    for override in ("evaluation.random=0", "selection.selector=random", "quantization.method=rtn"):
+        chain, summary, _ = run_here(path, store, override)
+        assert chain.texts[0].random == ()
+        assert "random" not in {each["id"] for each in summary["models"]}
+
+
+def test_linears_err_on_held_out_inputs_about_as_on_those_they_were_calibrated_with(
+    write_recipe: WriteRecipe, store: ArtifactStore
+) -> None:
+    chain, summary, _ = run_here(write_recipe(quantization={"method": "gptq", "bits": 4, "group_size": 16}), store)
+    calibrated = {
+        row["name"]: row["output_error"] for row in read_table(store.path(chain.checkpoint) / LINEARS).to_pylist()
+    }
+    assert chain.layers is not None
+    held_out = {row["name"]: row["error"] for row in read_layer_errors(store, chain.layers[1])}
+    assert list(held_out) == list(calibrated)
+    ratios = np.array([held_out[name] / calibrated[name] for name in calibrated])
+    assert 0.7 < np.median(ratios) < 2.0
+    rows = summary["layers"]["linears"]
+    assert [row["run"] for row in rows] == list(held_out.values())
+    assert sum(row["run"] < row["nearest"] for row in rows) > len(rows) / 2
+    covered = summary["selection"]["coverage"]
+    sites = {(row["block"], row["outlier_channels"], row["uncovered"]) for row in rows}
+    assert sum(each[2] for each in sites) > 0 or covered == 1.0
+
+
+def test_a_method_that_scales_inputs_has_no_view_of_linears(write_recipe: WriteRecipe, store: ArtifactStore) -> None:
+    chain, summary, _ = run_here(write_recipe(quantization={"method": "awq", "bits": 4, "group_size": 16}), store)
+    assert chain.layers is summary["layers"] is None
