@@ -16,12 +16,13 @@ def sizes(summary: Summary) -> list[Figure]:
     """Draw the bytes of the original at 16 bits, of round to nearest and of this run."""
     quantization = summary["quantization"]
     before, now = quantization["original_bytes_16_bit"], quantization["bytes"]
-    bars = [("original, 16 bits", before), ("round to nearest", now), ("this run", now)]
+    nearest = quantization.get("nearest_bytes")
+    bars = [("original, 16 bits", before, "original"), ("this run", now, "run")]
+    if known(nearest):
+        bars.insert(1, ("round to nearest", nearest, "nearest"))
 
     def draw(sheet: Sheet) -> None:
-        colours = ("original", "nearest", "run")
-        labelled = [(name, float(value), size(value), c, True) for (name, value), c in zip(bars, colours, strict=True)]
-        _draw_bars(sheet, labelled)
+        _draw_bars(sheet, [(name, float(value), size(value), colour, True) for name, value, colour in bars])
 
     caption = f"{size(now)} on disk, {percent(now / before)} of the original's {size(before)}"
     if known(quantization.get("average_bits")):
@@ -29,9 +30,9 @@ def sizes(summary: Summary) -> list[Figure]:
     caption += "."
     if quantization.get("why_dense"):
         caption += f" Saved dense: {one_line(quantization['why_dense'], 200)}"
-    listed = "; ".join(f"{name} {size(value)}" for name, value in bars)
-    table = Table(("model", "bytes", "size"), tuple((name, count(value), size(value)) for name, value in bars))
-    return [rendered("size", "Size on disk", caption, f"Bar chart: {listed}.", table, _height(3), draw)]
+    listed = "; ".join(f"{name} {size(value)}" for name, value, _ in bars)
+    table = Table(("model", "bytes", "size"), tuple((name, count(value), size(value)) for name, value, _ in bars))
+    return [rendered("size", "Size on disk", caption, f"Bar chart: {listed}.", table, _height(len(bars)), draw)]
 
 
 def _without_time(summary: Summary) -> str:

@@ -193,7 +193,8 @@ def _size_rows(quantization: Mapping[str, Any]) -> list[ResultRow]:
         return []
     now = Value(size(quantization["bytes"]))
     before = Value(size(quantization.get("original_bytes_16_bit")), remark="at 16 bits")
-    return [ResultRow("Size on disk", "", {"original": before, "nearest": now, "random": now, "run": now})]
+    nearest = Value(size(quantization.get("nearest_bytes")))
+    return [ResultRow("Size on disk", "", {"original": before, "nearest": nearest, "random": now, "run": now})]
 
 
 @dataclass(frozen=True, slots=True)

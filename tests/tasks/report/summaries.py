@@ -178,6 +178,7 @@ def _quantization() -> dict[str, Any]:
         "parameters": 134_515_008,
         "quantized_parameters": 106_168_320,
         "bytes": 103_681_024,
+        "nearest_bytes": 99_999_999,
         "original_bytes_16_bit": 269_030_016,
     }
 

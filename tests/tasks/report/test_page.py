@@ -97,7 +97,7 @@ def test_coverage_and_size_are_rows(page: Element) -> None:
     cells = result(page)
     assert cells["Outlier weight covered 32 samples"] == ["", "", "78.8% on average", "91.3%", "", ""]
     assert cells["Outlier channels covered 32 samples"] == ["", "", "70.3% on average", "87.1%", "", ""]
-    assert cells["Size on disk"] == ["269 MB at 16 bits", "104 MB", "104 MB", "104 MB", "", ""]
+    assert cells["Size on disk"] == ["269 MB at 16 bits", "100.0 MB", "104 MB", "104 MB", "", ""]
 
 
 def test_every_text_has_a_heading_in_the_result(page: Element) -> None:
