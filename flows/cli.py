@@ -55,12 +55,9 @@ def run(
     finished = execute(typed, the_store(offline=offline), console, command=command, verbose=verbose)
     if output is not None:
         _export(Path(finished.summary["checkpoint"]), output)
-        finished.summary["checkpoint"] = str(output.absolute())
+        finished.summary["checkpoint"] = finished.told["checkpoint"] = str(output.absolute())
     if as_json:
-        files = {"report": str(finished.report), "record": str(finished.record)}
-        print_json(
-            {"command": command, "seconds": finished.seconds, "stages": finished.stages, **finished.summary, **files}
-        )
+        print_json({**finished.told, "report": str(finished.report), "record": str(finished.record)})
     _show_result(finished.summary, console)
     for name, path in (("Report", finished.report), ("Record", finished.record)):
         console.print(f"[bold]{name}[/bold]       {path}", soft_wrap=True, highlight=False)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from datetime import datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from flows.execution import Event, Execution, Pending
 from flows.summary import stage_rows, summarize
 from storage.artifacts import ArtifactStore
 from storage.durable import make_writable_folder, write_durably
-from storage.manifest import LIBRARIES
+from storage.manifest import LIBRARIES, Ref
 from tasks.cached import references
 from tasks.figures import Shown, draw_figures, read_figures
 
@@ -95,28 +96,38 @@ class Took:
     seconds: float
     events: tuple[Event, ...]
 
+    @property
+    def finished(self) -> str:
+        """Return when it ended (ISO 8601)."""
+        end = datetime.fromisoformat(self.started) + timedelta(seconds=self.seconds)
+        return end.isoformat(timespec="seconds")
 
-def write_page(store: ArtifactStore, recipe: Recipe, concluded: Concluded, took: Took) -> Path:
-    """Write a run's page, with its figures as PNG beside it, and return the page's path."""
-    from tasks.report import run_page
 
-    figures = read_figures(store, concluded.figures)
-    folder = store.root / "reports" / took.run
-    make_writable_folder(folder / "figures", "The folder of reports")
-    for each in figures:
-        write_durably(folder / "figures" / f"{each.name}.png", each.png)
+def told(store: ArtifactStore, recipe: Recipe, summary: dict[str, Any], took: Took) -> dict[str, Any]:
+    """Return everything that there is to say of a run: what `run --json` prints and what its page shows."""
     made = build_times(store, took.events)
-    told = {
-        **concluded.summary,
+    return {
+        **summary,
         "command": took.command,
-        "finished": took.started,
+        "finished": took.finished,
         "seconds": took.seconds,
         "versions": versions(),
         "device": device_words(recipe.device),
         "recipe": recipe.model_dump(mode="json"),
         "stages": [{**row, "made_in": made.get(row["stage"])} for row in stage_rows(took.events)],
     }
-    write_durably(folder / PAGE, run_page(told, figures).encode())
+
+
+def write_page(store: ArtifactStore, figures: Ref, run: str, value: dict[str, Any]) -> Path:
+    """Write the page of what is told of a run, with its figures as PNG beside it, and return the page's path."""
+    from tasks.report import run_page
+
+    drawn = read_figures(store, figures)
+    folder = store.root / "reports" / run
+    make_writable_folder(folder / "figures", "The folder of reports")
+    for each in drawn:
+        write_durably(folder / "figures" / f"{each.name}.png", each.png)
+    write_durably(folder / PAGE, run_page(value, drawn).encode())
     return folder / PAGE
 
 
@@ -128,7 +139,7 @@ def write_sweep(folder: Path, summary: dict[str, Any], took: Took) -> list[Path]
     told = {
         **summary,
         "command": took.command,
-        "finished": took.started,
+        "finished": took.finished,
         "seconds": took.seconds,
         "versions": versions(),
         "device": device_words(summary["recipe"]["device"]),

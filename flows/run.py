@@ -17,7 +17,7 @@ from flows.chain import run_chain
 from flows.display import Display
 from flows.execution import FAILED, Direct, Event, Planned, Recorder
 from flows.inputs import Inputs, check_model, identify
-from flows.report import Concluded, Took, conclude, lean, write_page
+from flows.report import Concluded, Took, conclude, lean, told, write_page
 from flows.summary import stage_rows
 from flows.sweep import Cell, CellResult, Tell, cells, found_words, run_cells
 from storage.artifacts import ArtifactStore
@@ -40,23 +40,26 @@ class Finished:
     Attributes
     ----------
     summary
-        Everything it found.
-    stages
-        One row per stage: what the store decided, why, and the time.
+        Everything it found; the same for each run of a recipe.
+    told
+        The summary, and how this run went: command, time, versions, and one row per stage.
     record, report
         Files: the run record, and the page; no page for a run that ends at the selection.
-    seconds
-        Time it took.
     failed
         What could not be done on the way, in sentences.
     """
 
     summary: dict[str, Any]
-    stages: list[dict[str, Any]]
+    told: dict[str, Any]
     record: Path
     report: Path | None
-    seconds: float
     failed: list[str]
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """Return one row per stage: what the store decided, why, and the time."""
+        rows: list[dict[str, Any]] = self.told["stages"]
+        return rows
 
 
 def configured_server() -> str:
@@ -130,15 +133,14 @@ def execute(
             _write(store, run, recipe, command, when, started, "failed", recorder.events, {}, error)
             raise
     seconds, events, summary = time.monotonic() - started, recorder.events, concluded.summary
-    page = None
-    if concluded.figures is not None:
-        how = Took(run, command, when.isoformat(timespec="seconds"), seconds, tuple(events))
-        page = write_page(store, recipe, concluded, how)
+    took = Took(run, command, when.isoformat(timespec="seconds"), seconds, tuple(events))
+    value = told(store, recipe, summary, took)
+    page = None if concluded.figures is None else write_page(store, concluded.figures, run, value)
     failed = [f"{each.label}: {each.reason}" for each in events if each.decision == FAILED]
     lost = EvaluationError("; ".join(failed)) if failed else None
     state = "failed" if failed else "completed"
     record = _write(store, run, recipe, command, when, started, state, events, lean(summary), lost)
-    return Finished(summary, stage_rows(events), record, page, seconds, failed)
+    return Finished(summary, value, record, page, failed)
 
 
 def execute_sweep(

@@ -17,7 +17,7 @@ from flows import cli
 from flows.chain import run_chain
 from flows.execution import Direct, Recorder
 from flows.inputs import identify
-from flows.summary import summarize
+from flows.report import Concluded, conclude
 from storage.artifacts import ArtifactStore
 from storage.durable import file_names
 from storage.manifest import MANIFEST, Ref
@@ -637,10 +637,11 @@ def test_what_is_no_command_exits_with_2(command: Command, arguments: list[str])
 # --- running and planning with a remote that has everything ----------------------------------------------------------
 
 
-def run_without_prefect(recipe: Recipe, recorder: Recorder, *_: Any, **__: Any) -> dict[str, Any]:
+def run_without_prefect(recipe: Recipe, recorder: Recorder, *_: Any, **__: Any) -> Concluded:
     """Run the flow's chain in this process; stands in for `flows.run._run_flow`."""
-    store = open_store()
-    return summarize(recipe, run_chain(recipe, identify(recipe, store), Direct(store, recorder)), store)
+    execution = Direct(open_store(), recorder)
+    chain = run_chain(recipe, identify(recipe, execution.store), execution, until="report")
+    return conclude(recipe, chain, execution, recorder.events, until="report")
 
 
 @pytest.fixture
