@@ -136,7 +136,7 @@ class Cells:
         return recipe, run_chain(recipe, identify(recipe, self.store), Direct(self.store, Recorder()), until=until)
 
     def _tell(self, number: int, cell: Cell, result: CellResult) -> None:
-        said = result.error.splitlines()[0] if result.error else f"{main_number(result):.4f}"
+        said = result.error.splitlines()[0] if result.error else f"{main_number(result.scores):.4f}"
         self._console.print(f"  {cell.name}: {said}", highlight=False, markup=False, soft_wrap=True)
 
     def _key(self, cell: Cell) -> str:
@@ -224,7 +224,7 @@ def ablation_table(made: Cells, field: str, values: Sequence[Any], wanted: Wante
             continue
         channels = f"{each.measures['outlier_channels']:,}"
         what = [each.fields[f"quantization.{name}"] for name in ("bits", "shrinkage")]
-        number = f"{main_number(each):.3f}"
+        number = f"{main_number(each.scores):.3f}"
         lines.append([str(each.fields["outliers." + field]), *map(str, what), channels, number])
     title = f"Coverage at {ABLATED} samples by outliers.{field}"
     return Markdown(title, [field, "bits", "shrinkage", "outlier channels", "KL"], lines)
@@ -280,7 +280,7 @@ def match_table(made: Cells, wanted: Wanted, found: list[Row]) -> Markdown:
             same = row.fields["quantization.bits"] == bits and row.fields["quantization.shrinkage"] == shrinkage
             if same and row.fields["selection.budget"] == 64:
                 name = row.fields["selection.selector"]
-                lines.append([str(bits), str(shrinkage), name, f"{row.mean:.3f}", f"{main_number(each):.3f}"])
+                lines.append([str(bits), str(shrinkage), name, f"{row.mean:.3f}", f"{main_number(each.scores):.3f}"])
     title = f"64 samples beside {ALL} random ones"
     return Markdown(title, ["bits", "shrinkage", "selector", "KL, 64", f"KL, {ALL} random"], lines)
 
@@ -368,7 +368,7 @@ def main() -> None:
     text = "\n".join(map(str, found))
     (given.output / "tables.md").write_text(text, encoding="utf-8")
     value = {"machine": machine(), "asked": asdict(wanted), "tables": [asdict(each) for each in found]}
-    value["cells"] = [{"fields": each.fields, "kl": main_number(each), "error": each.error} for each in grid]
+    value["cells"] = [{"fields": each.fields, "kl": main_number(each.scores), "error": each.error} for each in grid]
     (given.output / "tables.json").write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
     plot(rows(grid), given.output / "budgets.png")
     print(text)

@@ -171,6 +171,10 @@ class Evaluation(Section):
     perplexity: tuple[PerplexityText, ...] = ()
     divergence: tuple[DivergenceText, ...] = ()
     tasks: tuple[LanguageTask, ...] = ()
+    task_models: tuple[Literal["original", "nearest", "random", "run"], ...] = Field(
+        ("original", "nearest", "random", "run"),
+        description="models that are scored on tasks, which cost more than all else; of the random sets the first",
+    )
     random: int = Field(
         1, ge=0, description="random sets of the same size to quantise with as well, so that the choice can be judged"
     )
@@ -178,10 +182,38 @@ class Evaluation(Section):
         8, ge=0, description="sequences of the first divergence text on which the error of every linear is measured"
     )
 
+    @model_validator(mode="after")
+    def _scores_the_run(self) -> Self:
+        if "run" not in self.task_models:
+            raise ValueError("evaluation.task_models must name `run`, the model that the tasks are to judge")
+        return self
+
     @property
     def texts(self) -> tuple["PerplexityText | DivergenceText", ...]:
         """Return all texts: first those for perplexity, then those for divergence."""
         return (*self.perplexity, *self.divergence)
+
+
+class Bar(Section):
+    """How good a number has to be."""
+
+    max: float | None = None
+    min: float | None = None
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        if self.max is None and self.min is None:
+            raise ValueError("give `max`, `min` or both")
+        return self
+
+
+class Require(Section):
+    """The quality that a run must have, or else it ends as failed; its checkpoint is there all the same."""
+
+    divergence: Bar | None = Field(None, description="nats per token, on every divergence text")
+    agreement: Bar | None = Field(None, description="share of tokens, on every divergence text")
+    perplexity: Bar | None = Field(None, description="on every text")
+    tasks: dict[str, Bar] = Field({}, description="main metric by the task's name")
 
 
 class Report(Section):
@@ -210,6 +242,7 @@ class Recipe(Section):
     selection: Selection = Selection()
     quantization: Quantization = Quantization()
     evaluation: Evaluation = Evaluation()
+    require: Require = Require()
     report: Report = Report()
     sweep: dict[str, tuple[Any, ...]] = Field(
         {}, description="fields and the values each takes in turn: selection.budget: [8, 32]; `covercal sweep` runs all"
@@ -224,6 +257,18 @@ class Recipe(Section):
                 raise ValueError(
                     f"sweep.{name} names no field of a recipe; write section.field, as in selection.budget"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _measures_what_it_requires(self) -> Self:
+        wanted, measured = self.require, self.evaluation
+        for name in ("divergence", "agreement"):
+            if getattr(wanted, name) is not None and not measured.divergence:
+                raise ValueError(f"require.{name} needs a text in evaluation.divergence to measure it on")
+        if wanted.perplexity is not None and not measured.texts:
+            raise ValueError("require.perplexity needs a text in evaluation.perplexity or evaluation.divergence")
+        if wanted.tasks and not measured.tasks:
+            raise ValueError("require.tasks needs tasks in evaluation.tasks")
         return self
 
     @model_validator(mode="after")

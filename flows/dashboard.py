@@ -2,15 +2,19 @@
 
 import base64
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
 from flows.execution import Event
 from flows.report import Concluded
 from flows.summary import selection_lines, stage_rows
+from flows.sweep import main_number
 from storage.artifacts import ArtifactStore
 from tasks.figures import read_figures
+
+if TYPE_CHECKING:
+    from tasks.report import Figure
 
 KEY_FIGURES = 3
 MEASURES = ("divergence", "agreement", "perplexity")
@@ -23,9 +27,37 @@ def show_run(concluded: Concluded, events: Sequence[Event], store: ArtifactStore
     create_table_artifact(_stage_table(events), key="stages", description="What was cached, what ran, and why")
     if summary.get("evaluation") or summary.get("tasks"):
         create_table_artifact(result_rows(summary), key="result", description="One row a measure, one column a model")
-    if concluded.figures is None:
-        return
-    for each in read_figures(store, concluded.figures)[:KEY_FIGURES]:
+    if concluded.figures is not None:
+        _show_figures(read_figures(store, concluded.figures))
+
+
+def show_sweep(summary: dict[str, Any]) -> None:
+    """Create the artifacts of a sweep."""
+    from tasks.report import sweep_figures
+
+    failed = [f"* {_fields(cell)}: {cell['error'].splitlines()[0]}" for cell in summary["cells"] if cell["error"]]
+    create_markdown_artifact("\n".join([f"**{summary['verdict']}**", "", *failed]), key="sweep", description="Verdict")
+    rows = [
+        {**row["fields"], **{name: row[name] for name in ("mean", "interval", "difference", "difference_interval")}}
+        for row in summary["rows"]
+    ]
+    if rows:
+        create_table_artifact(rows, key="rows", description=f"{summary['measure']}; difference: from random choice")
+    cells = [{**cell["fields"], "result": _cell_result(cell)} for cell in summary["cells"]]
+    create_table_artifact(cells, key="cells", description="One row for each cell")
+    _show_figures(sweep_figures(summary))
+
+
+def _fields(cell: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in cell["fields"].items())
+
+
+def _cell_result(cell: dict[str, Any]) -> Any:
+    return cell["error"].splitlines()[0] if cell["error"] else main_number(cell["scores"])
+
+
+def _show_figures(figures: Sequence["Figure"]) -> None:
+    for each in figures[:KEY_FIGURES]:
         picture = "data:image/png;base64," + base64.b64encode(each.png).decode()
         create_image_artifact(picture, key=each.name.replace("_", "-"), description=f"{each.title}. {each.caption}")
 
@@ -40,7 +72,8 @@ def result_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
                 numbers = {words: round(text[model]["all"][measure], 5) for model, words in models.items()}
                 rows.append({"on": text["text"], "measure": measure, **numbers})
     for task in summary["tasks"]:
-        numbers = {words: task["scores"].get(model, {}).get("value", "failed") for model, words in models.items()}
+        missing = "failed" if task["error"] else "not scored"
+        numbers = {words: task["scores"].get(model, {}).get("value", missing) for model, words in models.items()}
         rows.append({"on": task["task"], "measure": task.get("metric", ""), **numbers})
     return rows
 

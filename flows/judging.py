@@ -156,9 +156,10 @@ def score_tasks(
     """Score every model on every task; one failure loses none of the others, and is kept in the result."""
     if not inputs.tasks:
         return ()
-    compared = {"original": None, "nearest": models.nearest, "run": models.run}
+    known = {"original": None, "nearest": models.nearest, "run": models.run}
     if models.random:
-        compared["random"] = models.random[0]
+        known["random"] = models.random[0]
+    compared = {name: ref for name, ref in known.items() if name in recipe.evaluation.task_models}
     wanted = [
         {**place, "checkpoint": None if checkpoint is None else ByDigest(checkpoint), "task": task}
         for task in inputs.tasks

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State, StateType
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from covercal.recipe import Recipe, parse_recipe
 from flows.chain import run_chain
-from flows.dashboard import show_run
-from flows.execution import FAILED, Direct, Recorder, Tracked
+from flows.dashboard import show_run, show_sweep
+from flows.execution import Direct, Recorder, Tracked
 from flows.inputs import Inputs, check_model, identify
 from flows.report import Concluded, conclude
+from flows.requirements import shortcomings
 from flows.summary import run_name
-from flows.sweep import CellResult, Tell, cells, found_words, run_cells
+from flows.sweep import Tell, cells, run_cells, sweep_summary
 from tasks.cached import open_store
 
 _teller: ContextVar[Tell | None] = ContextVar("teller", default=None)
@@ -67,9 +67,9 @@ def quantize(recipe: dict[str, Any], until: str = "report") -> Concluded | State
     chain = run_chain(typed, identify(typed, store), execution, until=until)
     concluded = conclude(typed, chain, execution, recorder.events, until=until)
     show_run(concluded, recorder.events, store)
-    failed = sum(event.decision == FAILED for event in recorder.events)
-    if failed:  # the run is shown as failed, and yet all that came out is in its hands
-        return State(type=StateType.FAILED, message=f"{failed} evaluations failed", data=concluded)
+    short = shortcomings(typed, concluded.summary, recorder.events)
+    if short:  # the run is shown as failed, and yet all that came out is in its hands
+        return State(type=StateType.FAILED, message=" ".join(short), data=concluded)
     return concluded
 
 
@@ -89,11 +89,5 @@ def sweep(recipe: dict[str, Any]) -> list[dict[str, Any]]:
         check_model(cell, inputs, Direct(store, Recorder()))
 
     results = list(run_cells(cells(typed), store, lambda cell: Tracked(store, recorder), tell, check))
-    lines = ["| cell | divergence |", "|---|---:|"]
-    lines += [f"| {_cell_name(each)} | {found_words(each)} |" for each in results]
-    create_markdown_artifact("\n".join(lines), key="sweep", description="One line for each cell")
+    show_sweep(sweep_summary(typed, results))
     return [asdict(each) for each in results]
-
-
-def _cell_name(result: CellResult) -> str:
-    return ", ".join(f"{name} {value}" for name, value in result.fields.items())

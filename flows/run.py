@@ -15,9 +15,10 @@ from covercal.errors import CovercalError, EvaluationError
 from covercal.recipe import Recipe
 from flows.chain import run_chain
 from flows.display import Display
-from flows.execution import FAILED, Direct, Event, Planned, Recorder
+from flows.execution import Direct, Event, Planned, Recorder
 from flows.inputs import Inputs, check_model, identify
 from flows.report import Concluded, Took, conclude, lean, told, write_page
+from flows.requirements import shortcomings
 from flows.summary import stage_rows
 from flows.sweep import Cell, CellResult, Tell, cells, found_words, run_cells
 from storage.artifacts import ArtifactStore
@@ -46,7 +47,7 @@ class Finished:
     record, report
         Files: the run record, and the page; no page for a run that ends at the selection.
     failed
-        What could not be done on the way, in sentences.
+        What could not be done on the way, and what the recipe requires and the run misses, in sentences.
     """
 
     summary: dict[str, Any]
@@ -136,11 +137,11 @@ def execute(
     took = Took(run, command, when.isoformat(timespec="seconds"), seconds, tuple(events))
     value = told(store, recipe, summary, took)
     page = None if concluded.figures is None else write_page(store, concluded.figures, run, value)
-    failed = [f"{each.label}: {each.reason}" for each in events if each.decision == FAILED]
-    lost = EvaluationError("; ".join(failed)) if failed else None
-    state = "failed" if failed else "completed"
+    short = shortcomings(recipe, summary, events)
+    lost = EvaluationError(" ".join(short)) if short else None
+    state = "failed" if short else "completed"
     record = _write(store, run, recipe, command, when, started, state, events, lean(summary), lost)
-    return Finished(summary, value, record, page, failed)
+    return Finished(summary, value, record, page, short)
 
 
 def execute_sweep(

@@ -234,7 +234,7 @@ def result_table(summary: dict[str, Any]) -> Table:
     for task in summary["tasks"]:
         columns = [task["scores"].get(name) for name in models]
         label = f"{task['task']}, {task['metric']}" if "metric" in task else task["task"]
-        table.add_row(label, *("failed" if each is None else _score(each) for each in columns))
+        table.add_row(label, *(_score(each, task["error"]) for each in columns))
     sizes = summary["quantization"]
     weighs = {"original": sizes["original_bytes_16_bit"], "nearest": sizes["nearest_bytes"]}
     cells = [f"{weighs.get(name, sizes['bytes']) / 1e6:.0f} MB" for name in models]
@@ -247,7 +247,9 @@ def _measured(scores: dict[str, Any], name: str) -> str:
     return f"{scores[name]:.4f}" if not error else f"{scores[name]:.4f} ± {error:.4f}"
 
 
-def _score(found: dict[str, Any]) -> str:
+def _score(found: dict[str, Any] | None, error: str) -> str:
+    if found is None:
+        return "failed" if error else "not scored"
     return f"{found['value']:.4f}" + (f" ± {found['error']:.4f}" if found["error"] else "")
 
 

@@ -144,15 +144,15 @@ def _overall(text: dict[str, Any]) -> dict[str, Any]:
 
 def found_words(result: CellResult) -> str:
     """Return a cell's main number, or the first line of its error."""
-    return result.error.splitlines()[0] if result.error else f"{main_number(result):.4f}"
+    return result.error.splitlines()[0] if result.error else f"{main_number(result.scores):.4f}"
 
 
-def main_number(result: CellResult) -> float:
+def main_number(scores: Sequence[dict[str, Any]]) -> float:
     """Return what cells are compared by: divergence on the first text that has one, else the first perplexity."""
-    for each in result.scores:
+    for each in scores:
         if each["kind"] == "divergence":
             return float(each["run"]["divergence"])
-    return float(result.scores[0]["run"]["perplexity"]) if result.scores else math.nan
+    return float(scores[0]["run"]["perplexity"]) if scores else math.nan
 
 
 def rows(results: Sequence[CellResult]) -> list[Row]:
@@ -169,7 +169,7 @@ def rows(results: Sequence[CellResult]) -> list[Row]:
     found = []
     for group in groups.values():
         fields = {name: value for name, value in group[0].fields.items() if name not in REPEATS}
-        values = tuple(main_number(each) for each in group)
+        values = tuple(main_number(each.scores) for each in group)
         others = rivals.get(_without(fields, SELECTOR), {}) if fields.get(SELECTOR) != RANDOM else {}
         compared = against_random(_by_pool(group), others)
         found.append(Row(fields, values, float(np.mean(values)), half_interval(values), *compared))
@@ -179,7 +179,7 @@ def rows(results: Sequence[CellResult]) -> list[Row]:
 def _by_pool(group: Sequence[CellResult]) -> dict[Any, list[float]]:
     pools: dict[Any, list[float]] = {}
     for each in group:
-        pools.setdefault(each.fields.get(POOL_SEED), []).append(main_number(each))
+        pools.setdefault(each.fields.get(POOL_SEED), []).append(main_number(each.scores))
     return pools
 
 

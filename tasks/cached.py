@@ -16,6 +16,7 @@ from storage.artifacts import ArtifactStore
 from storage.errors import RemoteSettingsError
 from storage.manifest import Decision, Outcome, Ref, Request
 from tasks.progress import Progress, listening, tell
+from tasks.settings import apply_settings
 
 if TYPE_CHECKING:
     from storage.remote import RemoteObjects
@@ -158,13 +159,17 @@ def open_store() -> ArtifactStore:
     """Return the store in `COVERCAL_CACHE`, by default the user's cache folder; created when it is not there.
 
     `COVERCAL_REMOTE` is the address of a cache to share, `COVERCAL_REMOTE_WRITE=1` lets this user send to it,
-    `COVERCAL_REMOTE_TIMEOUT` is the seconds one request may take, and `COVERCAL_OFFLINE=1` goes on without it.
+    `COVERCAL_REMOTE_TIMEOUT` is the seconds one request may take, and `COVERCAL_OFFLINE=1` goes on without it. What the
+    environment leaves open a settings file may say (`tasks.settings`).
 
     Raises
     ------
     RemoteSettingsError
         When the address is none.
+    InputError
+        When the settings file is wrong.
     """
+    apply_settings()
     place = os.environ.get("COVERCAL_CACHE")
     return ArtifactStore(Path(place) if place else user_cache_path("covercal"), _remote(os.environ)).prepare()
 

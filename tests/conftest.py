@@ -8,6 +8,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors a second thread only spins
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["COVERCAL_CACHE"] = tempfile.mkdtemp(prefix="covercal-tests-")  # no test touches the user's cache
+os.environ["COVERCAL_SETTINGS"] = tempfile.mkstemp(prefix="covercal-settings-")[1]  # and none reads the user's settings
 os.environ.pop("PREFECT_API_URL", None)
 
 from flows.run import PREFECT_SETTINGS

@@ -113,6 +113,31 @@ def test_a_flow_with_a_failed_task_ends_failed_with_all_that_it_found_and_shows_
     assert all(each.data.startswith("data:image/png;base64,") for each in shown.values() if each.type == "image")
 
 
+def test_a_sweep_shows_its_verdict_rows_cells_and_figures(
+    write_recipe: WriteRecipe, store: ArtifactStore, prefect_server: None
+) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+    from flows.quantize import sweep
+
+    grid = {
+        "selection.selector": ["coverage", "random"],
+        "selection.budget": [2, 4],
+        "quantization.group_size": [16, 7],
+    }
+    recipe = load_recipe(write_recipe(sweep=grid))
+    state = sweep(recipe.model_dump(mode="json"), return_state=True)
+    run = ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id])
+    with get_client(sync_client=True) as client:
+        shown = {each.key: each for each in client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id=run))}
+    assert "4 cells failed" in shown["sweep"].data
+    assert shown["sweep"].data.count("group_size 7 does not divide") == 4
+    assert len(json.loads(shown["rows"].data)) == 4
+    assert len(json.loads(shown["cells"].data)) == 8
+    assert any(each.type == "image" for each in shown.values())
+
+
 def test_a_run_of_tasks_alone_has_its_verdict(
     write_recipe: WriteRecipe, store: ArtifactStore, tasks: list[dict[str, Any]]
 ) -> None:

@@ -156,9 +156,9 @@ def test_other_fields_keep_rows_apart() -> None:
 
 def test_the_main_number_is_the_divergence_else_the_perplexity() -> None:
     perplexity = {"text": "p", "kind": "perplexity", "run": {"perplexity": 20.0}}
-    assert main_number(CellResult({}, scores=[perplexity, *result(0.5).scores])) == 0.5
-    assert main_number(CellResult({}, scores=[perplexity])) == 20.0
-    assert math.isnan(main_number(CellResult({})))
+    assert main_number([perplexity, *result(0.5).scores]) == 0.5
+    assert main_number([perplexity]) == 20.0
+    assert math.isnan(main_number([]))
 
 
 TOOK = Took("run", "covercal sweep recipe.yaml", "2026-01-01T00:00:00+00:00", 1.0, ())

@@ -1,4 +1,4 @@
-"""Both pages in a real browser: on a phone and a desk, in light and in dark.
+"""Pages in a real browser, that of a real run among them: on a phone and a desk, in light and in dark.
 
 Chromium is the system's own; nothing is downloaded. Screenshots of whole pages are left in the folder that
 `COVERCAL_SCREENSHOTS` names, else in `build/screenshots`.
@@ -86,15 +86,19 @@ def opened(browser: "Browser", path: Path, width: int = 1280, scheme: Any = "lig
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, run_html: str, sweep_html: str) -> Path:
-    """A folder with both pages."""
+def folder(tmp_path_factory: pytest.TempPathFactory, run_html: str, sweep_html: str, tiny_html: str) -> Path:
+    """A folder with all pages."""
     folder = tmp_path_factory.mktemp("pages")
     (folder / "run.html").write_text(run_html, encoding="utf-8")
     (folder / "sweep.html").write_text(sweep_html, encoding="utf-8")
+    (folder / "tiny.html").write_text(tiny_html, encoding="utf-8")
     return folder
 
 
-@pytest.fixture(scope="module", params=[(k, s, w) for k in ("run", "sweep") for s in SCHEMES for w in WIDTHS], ids=str)
+KINDS = ("run", "sweep", "tiny")
+
+
+@pytest.fixture(scope="module", params=[(k, s, w) for k in KINDS for s in SCHEMES for w in WIDTHS], ids=str)
 def view(request: pytest.FixtureRequest, browser: "Browser", folder: Path) -> Iterator[Opened]:
     """Each page at each width in each scheme, with a screenshot of it left behind."""
     kind, scheme, width = request.param
@@ -125,9 +129,9 @@ def test_a_page_never_scrolls_sideways(view: Opened) -> None:
 
 
 def test_every_figure_has_a_picture_of_some_size_with_a_label(
-    view: Opened, figures: dict[str, Figure], sweep_drawn: dict[str, Figure]
+    view: Opened, figures: dict[str, Figure], sweep_drawn: dict[str, Figure], tiny_drawn: dict[str, Figure]
 ) -> None:
-    expected = figures if "run.html" in view.page.url else sweep_drawn
+    expected = {"run": figures, "sweep": sweep_drawn, "tiny": tiny_drawn}[Path(view.page.url).stem]
     pictures = view.page.locator("figure svg").all()
     assert len(pictures) == len(expected)
     for picture, figure in zip(pictures, expected.values(), strict=True):
