@@ -162,12 +162,12 @@ def score_tasks(
     compared = {name: ref for name, ref in known.items() if name in recipe.evaluation.task_models}
     wanted = [
         {**place, "checkpoint": None if checkpoint is None else ByDigest(checkpoint), "task": task}
+        for checkpoint in compared.values()  # model by model: each is loaded once
         for task in inputs.tasks
-        for checkpoint in compared.values()
     ]
     scored = execution.attempt("tasks", score_task, wanted)
-    step = len(compared)
+    step = len(inputs.tasks)
     return tuple(
-        EvaluatedTask(task.name, dict(zip(compared, scored[i * step : (i + 1) * step], strict=True)))
+        EvaluatedTask(task.name, dict(zip(compared, scored[i::step], strict=True)))
         for i, task in enumerate(inputs.tasks)
     )

@@ -17,7 +17,7 @@ from storage.manifest import Ref
 from storage.tables import read_table, write_table
 from tasks.cached import Build, ByDigest, cached
 from tasks.identities import ModelIdentity
-from tasks.model import original_decoder
+from tasks.model import checkpoint_decoder, original_decoder
 from tasks.pool import sample_columns, sample_tokens
 
 if TYPE_CHECKING:
@@ -78,11 +78,10 @@ def evaluate_text(
     device: str,
 ) -> dict[str, Any]:
     """Load a checkpoint the way its users will, and score it on one text."""
-    from covercal.decoder import load_decoder, pick_device
     from covercal.evaluation import score
 
     original = original_decoder(build.store, model, imported, dtype, device)
-    quantized = load_decoder(build.store.path(checkpoint.ref), dtype, pick_device(device))
+    quantized = checkpoint_decoder(build.store, checkpoint.ref, dtype, device)
     sequences = sample_tokens(build.store, texts.ref)
     hidden = _hidden(build.store.path(reference)) if reference is not None else None
     scores = score(quantized, original, sequences, hidden, advance=build.progress(len(sequences), "sequences"))

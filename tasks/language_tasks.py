@@ -17,7 +17,7 @@ from storage.manifest import Ref
 from storage.tables import read_table, write_table
 from tasks.cached import Build, ByDigest, cached
 from tasks.identities import ModelIdentity, TokenizerIdentity, dataset_commit, file_hashes
-from tasks.model import load_tokenizer, original_decoder, quiet_transformers
+from tasks.model import checkpoint_decoder, load_tokenizer, original_decoder, quiet_transformers
 
 if TYPE_CHECKING:
     from covercal.decoder import Decoder
@@ -126,12 +126,10 @@ def _model(
         return original_decoder(store, model, imported, dtype, device), load_tokenizer(store, model, imported)
     from transformers import AutoTokenizer
 
-    from covercal.decoder import load_decoder, pick_device
-
     quiet_transformers()
     folder = store.path(checkpoint.ref)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    return load_decoder(folder, dtype, pick_device(device)), tokenizer
+    return checkpoint_decoder(store, checkpoint.ref, dtype, device), tokenizer
 
 
 def read_task_scores(store: ArtifactStore, ref: Ref) -> dict[str, Any]:

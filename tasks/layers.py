@@ -8,7 +8,7 @@ from storage.artifacts import ArtifactStore
 from storage.manifest import Ref
 from tasks.cached import Build, ByDigest, cached
 from tasks.identities import ModelIdentity
-from tasks.model import original_decoder
+from tasks.model import checkpoint_decoder, original_decoder
 from tasks.pool import sample_tokens
 from tasks.thresholds import outlier_columns
 
@@ -36,11 +36,10 @@ def measure_layers(
     device: str,
 ) -> dict[str, Any]:
     """Run the original over the first sequences of a text, and every linear of a checkpoint beside its own."""
-    from covercal.decoder import load_decoder, pick_device
     from covercal.layer_errors import linear_errors
 
     original = original_decoder(build.store, model, imported, dtype, device)
-    quantized = load_decoder(build.store.path(checkpoint.ref), dtype, pick_device(device))
+    quantized = checkpoint_decoder(build.store, checkpoint.ref, dtype, device)
     sequences = spread(sample_tokens(build.store, texts.ref), limit)
     found = linear_errors(original, quantized, sequences, build.progress(len(sequences), "sequences"))
     blocks = {original.full_name(site, name): site.block for site in original.sites for name in site.linears}

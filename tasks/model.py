@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from covercal.quantization_settings import Dtype
 
 _loaded: dict[tuple[str, str, str, bool], "Decoder"] = {}
+_judged: dict[tuple[str, str, str], "Decoder"] = {}
 _loading = threading.Lock()
 
 
@@ -67,7 +68,12 @@ def original_decoder(
 def streamed_decoder(
     store: ArtifactStore, model: ModelIdentity, imported: Ref | None, dtype: "Dtype", device: str
 ) -> "Decoder":
-    """Return the original model, its blocks' weights read only when they are asked for; callers must not change it."""
+    """Return the original model, its blocks' weights read only when they are asked for; callers must not change it.
+
+    It is for models that hardly fit: a checkpoint that was judged before is let go.
+    """
+    with _loading:
+        _judged.clear()
     return _shared_decoder(store, model, imported, dtype, device, streamed=True)
 
 
@@ -87,6 +93,20 @@ def _shared_decoder(
             trusted = trusts(model, imported)
             _loaded[key] = load_decoder(folder, dtype, where, trust_remote_code=trusted, streamed=streamed)
         return _loaded[key]
+
+
+def checkpoint_decoder(store: ArtifactStore, checkpoint: Ref, dtype: "Dtype", device: str) -> "Decoder":
+    """Return a checkpoint loaded the way its users will load it; the last one is kept: several steps judge it."""
+    from covercal.decoder import load_decoder, pick_device
+
+    quiet_transformers()
+    where = pick_device(device)
+    key = (checkpoint.digest, dtype, str(where))
+    with _loading:
+        if key not in _judged:
+            _judged.clear()
+            _judged[key] = load_decoder(store.path(checkpoint), dtype, where)
+        return _judged[key]
 
 
 def trusts(model: ModelIdentity, imported: Ref | None) -> bool:

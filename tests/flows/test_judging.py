@@ -147,6 +147,30 @@ def test_a_run_of_tasks_alone_has_its_verdict(
     assert [each["id"] for each in summary["models"]] == ["original", "nearest", "random", "run"]
 
 
+def test_a_checkpoint_is_loaded_once_for_all_texts_and_once_for_all_tasks(
+    write_recipe: WriteRecipe, store: ArtifactStore, tasks: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import covercal.decoder
+
+    loaded: list[str] = []
+    original = covercal.decoder.load_decoder
+
+    def load(folder: Path, *arguments: Any, **keywords: Any) -> Any:
+        loaded.extend([folder.name] if folder.is_relative_to(store.root) else [])
+        return original(folder, *arguments, **keywords)
+
+    monkeypatch.setattr(covercal.decoder, "load_decoder", load)
+    text = load_recipe(write_recipe()).evaluation.divergence[0].path
+    perplexity = [{"path": text, "window": 32}, {"path": text, "window": 16}]
+    two = [tasks[0], {**tasks[0], "limit": 5}]
+    evaluation = {"perplexity": perplexity, "tasks": two, "layers": 0, "task_models": ["original", "run"]}
+    chain, summary, _ = run_here(write_recipe(evaluation=evaluation), store)
+    assert loaded.count(chain.checkpoint.key) == 2  # the random set's model came between texts and tasks
+    assert loaded.count(chain.nearest.key) == 1
+    assert len(loaded) == 4
+    assert [set(each["scores"]) for each in summary["tasks"]] == [{"original", "run"}] * 2
+
+
 def test_random_sets_are_left_out_where_nothing_reads_samples_or_the_choice_is_random(
     write_recipe: WriteRecipe, store: ArtifactStore
 ) -> None:
