@@ -13,6 +13,9 @@ Int64 = npt.NDArray[np.int64]
 FIXED_POINT_BITS = 62  # the whole weight fills 62 bits of an int64: nine bits finer than a float64 sum
 RESOLUTION_BITS = 54  # when what is uncovered falls below this, the grid is made finer
 STRIP_ROWS = 1024
+SPARSE_SHARE = 0.25  # of the bytes may be filled for lists of all channels at once to be faster than one by one
+LISTED_BYTES = 2**24  # at most so many, for their memory: 400 MB while they are made
+LISTS_AT_ONCE = 4096
 TABLE_SHARE = 0.8  # where eight channels fire more often than this, a table of their sums is faster than lists
 BYTE_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.int64)  # (256, 8)
 
@@ -258,31 +261,86 @@ class _Channels:
 
     def __init__(self, coverage: PackedBits) -> None:
         self._bytes = _transposed(coverage.bits)
-        self._samples: dict[int, Int64] = {}  # that fire a channel; found when first needed
+        sparse = np.count_nonzero(self._bytes) <= min(SPARSE_SHARE * self._bytes.size, LISTED_BYTES)
+        self._lists = _Lists(self._bytes) if sparse else None
+        self._samples: dict[int, Int64] = {}  # of a full matrix: that fire a channel; found when first needed
+        fires = self._counted() if self._lists is None else self._lists.counts
+        self._tables = bool((fires.reshape(-1, 8).sum(axis=1) > TABLE_SHARE * coverage.shape[0]).any())
+        self.fires = fires[: coverage.channels]
+
+    def _counted(self) -> Int64:
         counts = np.array([np.bincount(row, minlength=256) for row in self._bytes], dtype=np.int64).reshape(-1, 256)
-        self.fires = (counts @ BYTE_BITS).reshape(-1)[: coverage.channels]
+        return (counts @ BYTE_BITS).reshape(-1)
 
     def subtract(self, gain: Int64, fixed: Int64, channels: Int64) -> None:
         """Take the weight of each channel (sorted) from the gain of every sample that fires it, in place.
 
         The channels of one byte go together where they fire often, by a table of the 256 sums such a byte can make.
         """
+        if not self._tables:
+            self._subtract_lists(gain, fixed, channels)
+            return
         places = channels >> 3
         starts = np.flatnonzero(np.diff(places, prepend=-1))
         often = np.add.reduceat(self.fires[channels], starts) > TABLE_SHARE * gain.size if starts.size else starts > 0
         by_table = np.repeat(often, np.diff(starts, append=channels.size))
-        for channel in channels[~by_table]:
-            np.subtract.at(gain, self._fired_by(int(channel)), fixed[channel])
+        self._subtract_lists(gain, fixed, channels[~by_table])
         weights = np.zeros((len(self._bytes), 8), dtype=np.int64)
         weights.reshape(-1)[channels[by_table]] = fixed[channels[by_table]]
         together = places[starts[often]]
         for place, sums in zip(together, weights[together] @ BYTE_BITS.T, strict=True):
             gain -= sums[self._bytes[place]]
 
+    def _subtract_lists(self, gain: Int64, fixed: Int64, channels: Int64) -> None:
+        if self._lists is not None:
+            for start in range(0, channels.size, LISTS_AT_ONCE):
+                some = channels[start : start + LISTS_AT_ONCE]
+                np.subtract.at(gain, self._lists.samples(some), np.repeat(fixed[some], self._lists.counts[some]))
+            return
+        for channel in channels:
+            np.subtract.at(gain, self._fired_by(int(channel)), fixed[channel])
+
     def _fired_by(self, channel: int) -> Int64:
         if channel not in self._samples:
             self._samples[channel] = np.flatnonzero(self._bytes[channel >> 3] & (128 >> (channel & 7)) != 0)
         return self._samples[channel]
+
+
+class _Lists:
+    """The samples that fire each channel of a matrix with few ones, found for all channels at once.
+
+    Parameters
+    ----------
+    turned
+        uint8 (bytes of a row, samples): the packed matrix, transposed.
+
+    Attributes
+    ----------
+    counts
+        int64 (channels, filled up to whole bytes): samples that fire each.
+    """
+
+    def __init__(self, turned: npt.NDArray[np.uint8]) -> None:
+        filled = np.flatnonzero(turned != 0)
+        values = turned.reshape(-1)[filled]
+        rows, places = np.divmod(filled, max(1, turned.shape[1]))
+        ends = np.arange(len(turned) + 1)
+        samples, bounds = [], []
+        for bit in range(8):  # one bit's channels after the other's: what is found comes in their order
+            mine = np.flatnonzero(values & (128 >> bit))
+            samples.append(places[mine])
+            bounds.append(np.searchsorted(rows[mine], ends))
+        self._samples: Int64 = np.concatenate(samples)
+        before = np.cumsum([0, *(each.size for each in samples[:-1])])
+        self._starts = (np.stack([each[:-1] for each in bounds], axis=1) + before).reshape(-1)
+        self.counts: Int64 = np.stack([np.diff(each) for each in bounds], axis=1).reshape(-1)
+
+    def samples(self, channels: Int64) -> Int64:
+        """Return the samples that fire each of some channels, one channel's after the other's."""
+        counts = self.counts[channels]
+        ends = counts.cumsum()
+        found: Int64 = self._samples[np.arange(counts.sum()) + np.repeat(self._starts[channels] - ends + counts, counts)]
+        return found
 
 
 def _transposed(matrix: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -354,8 +354,10 @@ def test_tables_and_lists_of_channels_come_to_the_same(
 ) -> None:
     coverage, weights = random_case(7, 1500, 301, density)
     found = []
-    for share in (0.0, 0.8, math.inf):  # tables only, both, lists only
+    for share, listed in itertools.product((0.0, 0.8, math.inf), (0, 2**24)):  # tables only, both, lists only; how made
         monkeypatch.setattr("covercal.coverage.TABLE_SHARE", share)
+        monkeypatch.setattr("covercal.coverage.SPARSE_SHARE", math.inf)
+        monkeypatch.setattr("covercal.coverage.LISTED_BYTES", listed)
         chosen = choose(coverage, weights, 60)
         found.append((chosen.order, chosen.gains) if choose is greedy_cover else chosen)
     for order, gains in found[1:]:
