@@ -339,7 +339,8 @@ class _Lists:
         """Return the samples that fire each of some channels, one channel's after the other's."""
         counts = self.counts[channels]
         ends = counts.cumsum()
-        found: Int64 = self._samples[np.arange(counts.sum()) + np.repeat(self._starts[channels] - ends + counts, counts)]
+        shifts = np.repeat(self._starts[channels] - ends + counts, counts)
+        found: Int64 = self._samples[np.arange(counts.sum()) + shifts]
         return found
 
 

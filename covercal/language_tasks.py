@@ -98,8 +98,9 @@ def score_language_task(
     subtasks = {
         name: _subtask_scores(each, results, name, task.limit) for name, each in sorted(loaded["tasks"].items())
     }
-    scores = next(iter(subtasks.values())) if _is_single(loaded) else _group_scores(loaded, results, subtasks, task)
-    return {**scores, "path": model.path}, items
+    if _is_single(loaded):
+        return {**next(iter(subtasks.values())), "path": model.path}, items
+    return {**_group_scores(loaded, results, subtasks, task, items), "path": model.path}, items
 
 
 def item_loss(value: float, weight: float, aggregation: str) -> tuple[float, float]:
@@ -202,7 +203,11 @@ def _subtask_scores(task: Any, results: Mapping[str, Any], name: str, limit: int
 
 
 def _group_scores(
-    loaded: Mapping[str, Any], results: Mapping[str, Any], subtasks: Mapping[str, dict[str, Any]], task: LanguageTask
+    loaded: Mapping[str, Any],
+    results: Mapping[str, Any],
+    subtasks: Mapping[str, dict[str, Any]],
+    task: LanguageTask,
+    items: Sequence[Item],
 ) -> dict[str, Any]:
     """Return the scores of a group: lm-eval's own aggregate, or where it has none the plain mean of the subtasks."""
     top = _top_group(loaded)
@@ -217,6 +222,9 @@ def _group_scores(
         value, error = _aggregate(
             [(each["items"], each["metrics"][metric]) for each in subtasks.values()], weighs_items
         )
+        if error is None and weighs_items:  # a subtask of one item has none of its own: all items as one sample
+            mine = [(item.value, item.weight) for item in items if item.metric == metric]
+            error = mean_error(mine, first["metrics"][metric]["aggregation"])
         metrics[metric] = {
             **first["metrics"][metric],
             "value": float(own[wanted[metric]]) if wanted else value,
@@ -226,8 +234,8 @@ def _group_scores(
     if not metrics:
         raise InputError(f"The tasks of {task.called} have no metric in common; name them one by one.")
     shots = max(each["shots"] for each in subtasks.values())
-    items = sum(each["items"] for each in subtasks.values())
-    return _summary(top.name if top else task.called, metrics, shots, task.limit, items, subtasks)
+    count = sum(each["items"] for each in subtasks.values())
+    return _summary(top.name if top else task.called, metrics, shots, task.limit, count, subtasks)
 
 
 def _aggregate(found: Sequence[tuple[int, Mapping[str, Any]]], weighs_items: bool) -> tuple[float, float | None]:

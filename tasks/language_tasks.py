@@ -88,7 +88,7 @@ def _scored_model(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 @cached(
     "task_scores",
-    version=1,
+    version=2,
     ignored=("imported", "device"),
     names={"dtype": "model.dtype", "task": "evaluation.tasks"},
     keyed=_scored_model,

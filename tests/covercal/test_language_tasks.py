@@ -297,6 +297,22 @@ def test_a_group_has_its_own_aggregate_and_its_subtasks(llama: Decoder, tmp_path
     assert (scored[True]["weighting"], scored[False]["weighting"]) == ("items", "subtasks")
 
 
+def test_a_group_of_single_items_has_the_error_of_one_sample(llama: Decoder, tmp_path: Path) -> None:
+    members = []
+    for number, item in enumerate(items(6)):
+        tmp_path.mkdir(exist_ok=True)
+        (tmp_path / f"one{number}.jsonl").write_text(json.dumps(item) + "\n", encoding="utf-8")
+        members.append({"task": f"one{number}", "dataset_kwargs": {"data_files": {"test": f"one{number}.jsonl"}}})
+    shared = {key: value for key, value in CHOICES.items() if key != "task"}
+    averaged = [{"metric": "acc", "weight_by_size": True}]
+    group = {**shared, "group": "six", "task": members, "aggregate_metric_list": averaged}
+    task = LanguageTask(path=str(write_task(tmp_path, group, "group.yaml")))
+    scores, found = score_language_task(llama, tiny.tiny_tokenizer(), task)
+    values = [each.value for each in found if each.metric == "acc"]
+    assert len(values) == 6
+    assert scores["metrics"]["acc"]["error"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(6))
+
+
 def test_a_group_may_name_the_task_files_beside_it(llama: Decoder, tmp_path: Path) -> None:
     write_task(tmp_path, CHOICES, "a.yaml")
     write_task(tmp_path, {"include": "a.yaml", "task": "other", "doc_to_text": "{{query}}"}, "b.yaml")
