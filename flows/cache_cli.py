@@ -17,6 +17,8 @@ from storage.lineage import ancestors, readers
 from storage.manifest import SHORT_KEY, Manifest, Ref
 from storage.runs import LATEST, RunRecord, find_run, pin_run, pinned_runs, read_runs
 
+SHOWN_LABELS = 3
+
 cache = typer.Typer(
     no_args_is_help=True,
     help="The artifact store: what is in it, where it comes from, whether it is whole; sharing it, and making room.",
@@ -179,12 +181,20 @@ def list_runs(
             run.state,
             f"{run.seconds:.0f} s",
             str(row["artifacts"]),
-            row["made"],
+            _first_labels(row["made"]),
             escape(run.command),
         )
     console = Console()
     console.print(table)
     _say(console, f"{len(runs)} runs, {len(pinned)} pinned. Next: covercal cache pin RUN, or push RUN")
+
+
+def _first_labels(made: str) -> str:
+    """Return the first few rows that a run made, and how many more there are."""
+    labels = made.split(", ")
+    if len(labels) <= SHOWN_LABELS + 1:
+        return made
+    return f"{', '.join(labels[:SHOWN_LABELS])} and {len(labels) - SHOWN_LABELS} more"
 
 
 def _run_row(run: RunRecord) -> dict[str, Any]:

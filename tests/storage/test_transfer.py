@@ -14,10 +14,11 @@ import obstore
 import pytest
 
 from benchmarks.s3 import bucket_address, s3_client, s3_server
-from covercal.recipe import load_recipe
+from covercal.recipe import Recipe, load_recipe
 from flows.chain import Chain, run_chain
 from flows.execution import Direct, Recorder
 from flows.inputs import identify
+from flows.report import conclude
 from storage.artifacts import ArtifactStore
 from storage.durable import file_names
 from storage.errors import MissingArtifactError, RemoteSettingsError, StorageError
@@ -54,6 +55,14 @@ class RealRun:
         return artifacts_of(self.record)
 
 
+def run_to_report(recipe: Recipe, store: ArtifactStore, recorder: Recorder) -> Chain:
+    """Run a recipe to its end in this process."""
+    execution = Direct(store, recorder)
+    chain = run_chain(recipe, identify(recipe, store), execution, until="report")
+    conclude(recipe, chain, execution, recorder.events, until="report")
+    return chain
+
+
 def make_real_run(folder: Path, **changes: Any) -> RealRun:
     """Run a tiny recipe for real, without Prefect, and keep its record."""
     recipe = folder / "recipe.yaml"
@@ -61,7 +70,7 @@ def make_real_run(folder: Path, **changes: Any) -> RealRun:
     store = ArtifactStore(folder / "cache").prepare()
     recorder = Recorder()
     typed = load_recipe(recipe)
-    chain = run_chain(typed, identify(typed, store), Direct(store, recorder))
+    chain = run_to_report(typed, store, recorder)
     stages = [StageRecord(e.label, e.stage, e.key, str(e.decision), e.reason, e.seconds) for e in recorder.events]
     command = f"covercal run {recipe}"
     started = "2026-01-01T00:00:00+00:00"
@@ -183,7 +192,7 @@ def test_a_run_that_was_pulled_is_answered_from_the_store(ran: RealRun, address:
     pull_run(empty_store(tmp_path, address), RUN)
     alone = ArtifactStore(tmp_path / "another" / "cache")
     recorder, recipe = Recorder(), load_recipe(ran.recipe)
-    chain = run_chain(recipe, identify(recipe, alone), Direct(alone, recorder))
+    chain = run_to_report(recipe, alone, recorder)
     assert {str(event.decision) for event in recorder.events} == {"hit"}
     assert chain == ran.chain
 
