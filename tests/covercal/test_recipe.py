@@ -150,7 +150,15 @@ def test_a_model_and_texts_are_enough_and_the_rest_is_as_documented() -> None:
             },
             "storage_dtype": "auto",
         },
-        "evaluation": {"perplexity": (), "divergence": (), "tasks": (), "random": 1, "layers": 8},
+        "evaluation": {
+            "perplexity": (),
+            "divergence": (),
+            "tasks": (),
+            "task_models": ("original", "nearest", "random", "run"),
+            "random": 1,
+            "layers": 8,
+        },
+        "require": {"divergence": None, "agreement": None, "perplexity": None, "tasks": {}},
         "report": {"selectors": None},
         "sweep": {},
     }
