@@ -29,12 +29,13 @@ from flows.demo import GGUF, prepare
 from flows.execution import Direct, Planned, Recorder
 from flows.inputs import identify
 from flows.summary import selection_summary
-from flows.sweep import BUDGET, RANDOM, SELECTOR, Cell, CellResult, Row, cells, main_number, rows, run_cells
+from flows.sweep import Cell, CellResult, Row, cells, main_number, results_summary, rows, run_cells
 from storage.artifacts import ArtifactStore
 from storage.tables import query, read_table
 from tasks.cached import open_store
 from tasks.capture import CHANNELS
 from tasks.quantize import LINEARS
+from tasks.report import sweep_figures
 from tasks.thresholds import OUTLIERS
 
 MAIN = ("random", "coverage", "coverage_soft", "gram_matching", "facility_location")
@@ -306,47 +307,6 @@ def tables(made: Cells, wanted: Wanted) -> tuple[list[Markdown], list[CellResult
     return [table for table in made_tables if table.lines], grid
 
 
-def plot(found: Sequence[Row], path: Path) -> None:
-    """Draw the main number against the budget, one line for each selector, with 95% intervals; random in grey."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    others = {_other_fields(row) for row in found}
-    figure, axes = pyplot.subplots(
-        1, len(others), figsize=(6.4 * len(others), 4.2), squeeze=False, layout="constrained"
-    )
-    for axis, other in zip(axes[0], sorted(others), strict=True):
-        mine = [row for row in found if _other_fields(row) == other]
-        names = list(dict.fromkeys(str(row.fields.get(SELECTOR, "this recipe")) for row in mine))
-        for name in names:
-            line = sorted((r for r in mine if str(r.fields.get(SELECTOR, "this recipe")) == name), key=_budget_of)
-            spread = [0.0 if math.isnan(row.interval) else row.interval for row in line]
-            style = {"color": "0.45", "linewidth": 2.5, "zorder": 1} if name == RANDOM else {}
-            budgets, means = [_budget_of(row) for row in line], [row.mean for row in line]
-            axis.errorbar(budgets, means, yerr=spread, marker="o", markersize=4, capsize=3, label=name, **style)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sorted({_budget_of(row) for row in mine}))
-        axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-        axis.set_xlabel("samples chosen")
-        axis.set_ylabel("KL(original || quantised), nats per token")
-        axis.set_title(", ".join(f"{n.rsplit('.', 1)[-1]} {v}" for n, v in json.loads(other).items()), fontsize=10)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
-
-
-def _budget_of(row: Row) -> int:
-    return int(row.fields.get(BUDGET, 0))
-
-
-def _other_fields(row: Row) -> str:
-    """Return what sets rows apart besides selector and budget."""
-    return json.dumps({n: v for n, v in row.fields.items() if n not in (BUDGET, SELECTOR)}, sort_keys=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pool", type=Path)
@@ -370,7 +330,8 @@ def main() -> None:
     value = {"machine": machine(), "asked": asdict(wanted), "tables": [asdict(each) for each in found]}
     value["cells"] = [{"fields": each.fields, "kl": main_number(each.scores), "error": each.error} for each in grid]
     (given.output / "tables.json").write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
-    plot(rows(grid), given.output / "budgets.png")
+    drawn = {each.name: each.png for each in sweep_figures(results_summary(grid))}
+    (given.output / "budgets.png").write_bytes(drawn["budget"])
     print(text)
 
 

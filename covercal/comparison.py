@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,11 @@ class PairedDifference:
     high: float
     p_value: float
     test: str
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields as JSON has them: None for what is not a number."""
+        value = asdict(self)
+        return {name: None if each != each else each for name, each in value.items()}
 
 
 def paired_difference(

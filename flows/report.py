@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import covercal
 from covercal.recipe import Recipe
@@ -18,6 +18,9 @@ from storage.durable import make_writable_folder, write_durably
 from storage.manifest import LIBRARIES, Ref
 from tasks.cached import references
 from tasks.figures import Shown, draw_figures, read_figures
+
+if TYPE_CHECKING:
+    from tasks.report import Figure
 
 PAGE = "report.html"
 
@@ -32,10 +35,13 @@ class Concluded:
         Everything but the stages; empty while a plan has something to do.
     figures
         The report artifact; None where a run ends before it.
+    made
+        Seconds that making each row once took, whoever made it and when.
     """
 
     summary: dict[str, Any]
     figures: Any = None
+    made: dict[str, float] = field(default_factory=dict)
 
 
 def conclude(recipe: Recipe, chain: Chain, execution: Execution, events: Sequence[Event], *, until: str) -> Concluded:
@@ -51,7 +57,7 @@ def conclude(recipe: Recipe, chain: Chain, execution: Execution, events: Sequenc
     shown = {name: value for name, value in summary.items() if name not in ("checkpoint", "name")}
     shown["stages"] = [{"stage": label, "made_in": seconds} for label, seconds in made.items()]
     parts = tuple(dict.fromkeys(ref for part in _parts(chain) for ref in references(part)))
-    return Concluded(summary, execution.run("report", draw_figures, shown=Shown(shown), parts=parts))
+    return Concluded(summary, execution.run("report", draw_figures, shown=Shown(shown), parts=parts), made)
 
 
 def lean(summary: dict[str, Any]) -> dict[str, Any]:
@@ -103,18 +109,20 @@ class Took:
         return end.isoformat(timespec="seconds")
 
 
-def told(store: ArtifactStore, recipe: Recipe, summary: dict[str, Any], took: Took) -> dict[str, Any]:
+def told(recipe: Recipe, concluded: Concluded, took: Took) -> dict[str, Any]:
     """Return everything that there is to say of a run: what `run --json` prints and what its page shows."""
-    made = build_times(store, took.events)
+    rows = [{**row, "made_in": concluded.made.get(row["stage"])} for row in stage_rows(took.events)]
+    recipe_value = recipe.model_dump(mode="json")
+    return {**concluded.summary, **_how(took, recipe.device), "recipe": recipe_value, "stages": rows}
+
+
+def _how(took: Took, device: str) -> dict[str, Any]:
     return {
-        **summary,
         "command": took.command,
         "finished": took.finished,
         "seconds": took.seconds,
         "versions": versions(),
-        "device": device_words(recipe.device),
-        "recipe": recipe.model_dump(mode="json"),
-        "stages": [{**row, "made_in": made.get(row["stage"])} for row in stage_rows(took.events)],
+        "device": device_words(device),
     }
 
 
@@ -123,34 +131,30 @@ def write_page(store: ArtifactStore, figures: Ref, run: str, value: dict[str, An
     from tasks.report import run_page
 
     drawn = read_figures(store, figures)
-    folder = store.root / "reports" / run
-    make_writable_folder(folder / "figures", "The folder of reports")
-    for each in drawn:
-        write_durably(folder / "figures" / f"{each.name}.png", each.png)
-    write_durably(folder / PAGE, run_page(value, drawn).encode())
-    return folder / PAGE
+    page = _write_figures(store.root / "reports" / run, drawn) / PAGE
+    write_durably(page, run_page(value, drawn).encode())
+    return page
 
 
 def write_sweep(folder: Path, summary: dict[str, Any], took: Took) -> list[Path]:
     """Write `sweep.json` (every number), `sweep.html` (the report) and the figures as PNG; return the first two."""
     from tasks.report import sweep_figures, sweep_page
 
-    make_writable_folder(folder / "figures", "The folder of a sweep's results")
-    told = {
-        **summary,
-        "command": took.command,
-        "finished": took.finished,
-        "seconds": took.seconds,
-        "versions": versions(),
-        "device": device_words(summary["recipe"]["device"]),
-    }
-    figures = sweep_figures(told)
+    value = {**summary, **_how(took, summary["recipe"]["device"])}
+    drawn = sweep_figures(value)
+    _write_figures(folder, drawn)
+    written = [folder / "sweep.json", folder / "sweep.html"]
+    write_durably(written[0], (json.dumps(value, indent=1, default=str) + "\n").encode())
+    write_durably(written[1], sweep_page(value, drawn).encode())
+    return written
+
+
+def _write_figures(folder: Path, figures: "Sequence[Figure]") -> Path:
+    """Write figures as PNG into a report's folder, and return the folder."""
+    make_writable_folder(folder / "figures", "The folder of reports")
     for each in figures:
         write_durably(folder / "figures" / f"{each.name}.png", each.png)
-    written = [folder / "sweep.json", folder / "sweep.html"]
-    write_durably(written[0], (json.dumps(told, indent=1, default=str) + "\n").encode())
-    write_durably(written[1], sweep_page(told, figures).encode())
-    return written
+    return folder
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ def shortcomings(recipe: Recipe, summary: dict[str, Any], events: Sequence[Event
     """Return a sentence for all that failed on the way, and one for all that the recipe requires and the run misses."""
     failed = [f"{each.label}: {each.reason}" for each in events if each.decision == FAILED]
     below = missed(recipe, summary) if "evaluation" in summary else []
-    found = [f"{len(failed)} evaluations failed; the first: {failed[0]}"] if failed else []
+    found = [f"{len(failed)} evaluation{'s' * (len(failed) != 1)} failed; the first: {failed[0]}"] if failed else []
     return [*found, f"The run misses what its recipe requires: {'; '.join(below)}."] if below else found
 
 

@@ -135,7 +135,7 @@ def execute(
             raise
     seconds, events, summary = time.monotonic() - started, recorder.events, concluded.summary
     took = Took(run, command, when.isoformat(timespec="seconds"), seconds, tuple(events))
-    value = told(store, recipe, summary, took)
+    value = told(recipe, concluded, took)
     page = None if concluded.figures is None else write_page(store, concluded.figures, run, value)
     short = shortcomings(recipe, summary, events)
     lost = EvaluationError(" ".join(short)) if short else None

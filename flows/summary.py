@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from covercal.coverage import covered_channels
 from covercal.recipe import Recipe
 from flows.chain import Chain
 from flows.execution import WORST_FIRST, Event, Failed
@@ -18,12 +17,11 @@ from storage.manifest import Ref
 from storage.tables import read_table
 from tasks.evaluate import compare_texts, mean_scores, read_scores
 from tasks.language_tasks import compare_tasks, read_task_scores
-from tasks.layers import missed_at_linears, read_layer_errors
+from tasks.layers import read_layer_errors
 from tasks.measures import read_measures
 from tasks.overview import read_overview
 from tasks.quantize import LINEARS
 from tasks.select import chosen_samples
-from tasks.thresholds import coverage_matrix
 
 
 def stage_rows(events: Sequence[Event]) -> list[dict[str, Any]]:
@@ -144,23 +142,29 @@ def _task_summary(task: EvaluatedTask, store: ArtifactStore) -> dict[str, Any]:
     return value
 
 
-def layers_summary(recipe: Recipe, chain: Chain, store: ArtifactStore) -> dict[str, Any] | None:
-    """Return the error of every linear on held-out inputs beside what its input's outlier channels miss."""
+def layers_summary(
+    recipe: Recipe, chain: Chain, store: ArtifactStore, missed: Sequence[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Return the error of every linear on held-out inputs beside what its input's outlier channels miss.
+
+    Parameters
+    ----------
+    missed
+        Of the overview: for every site.
+    """
     from covercal.comparison import rank_correlation
 
     if chain.layers is None:
         return None
     nearest, run = (read_layer_errors(store, ref) for ref in chain.layers)
-    fires, _ = coverage_matrix(store, chain.outliers)
-    chosen = chosen_samples(store, chain.selection, recipe.selection.budget)
-    missed = missed_at_linears(store, chain.outliers, ~covered_channels(fires, chosen))
-    nothing = {"outlier_channels": 0, "uncovered": 0, "uncovered_weight": 0.0}
+    counts = ("outlier_channels", "uncovered", "uncovered_weight")
+    known = {(site["block"], name): {n: site[n] for n in counts} for site in missed for name in site["linears"]}
     rows = [
         {
             **{name: mine[name] for name in ("name", "block", "kind")},
             "nearest": plain["error"],
             "run": mine["error"],
-            **missed.get((mine["block"], mine["kind"]), nothing),
+            **known.get((mine["block"], mine["kind"]), dict.fromkeys(counts, 0)),
         }
         for plain, mine in zip(nearest, run, strict=True)
     ]
@@ -190,8 +194,8 @@ def models_summary(recipe: Recipe, chain: Chain) -> list[dict[str, str]]:
 def summarize(recipe: Recipe, chain: Chain, store: ArtifactStore) -> dict[str, Any]:
     """Return everything that `run --json` prints but the stages."""
     value: dict[str, Any] = {"name": run_name(recipe), "selection": selection_summary(recipe, chain, store)}
-    if chain.overview is not None:
-        found = read_overview(store, chain.overview)
+    found = read_overview(store, chain.overview) if chain.overview is not None else {}
+    if found:
         value["selection"] |= {name: found[name] for name in ("pool_domains", "texts", "curves")}
         value["outlier_map"] = found["outlier_map"]
     if chain.checkpoint is not None:
@@ -199,7 +203,7 @@ def summarize(recipe: Recipe, chain: Chain, store: ArtifactStore) -> dict[str, A
         value["models"] = models_summary(recipe, chain)
         value["evaluation"] = evaluation_summary(chain, store)
         value["tasks"] = tasks_summary(chain, store)
-        value["layers"] = layers_summary(recipe, chain, store)
+        value["layers"] = layers_summary(recipe, chain, store, found.get("missed", ()))
         value["verdict"] = verdict(recipe, value)
         value["checkpoint"] = str(store.path(chain.checkpoint))
     return value

@@ -239,14 +239,21 @@ def _without(fields: dict[str, Any], *names: str) -> str:
 
 def sweep_summary(recipe: Recipe, results: Sequence[CellResult]) -> dict[str, Any]:
     """Return everything that a sweep found, as plain JSON."""
-    found = [{name: _plain(value) for name, value in asdict(row).items()} for row in rows(results)]
+    found = results_summary(results)
     model = Path(recipe.model.source).stem.lower()
     return {
         "name": f"{model} · {', '.join(name.rsplit('.', 1)[-1] for name in recipe.sweep)}",
-        "measure": measure_words(results),
-        "verdict": sweep_verdict(found, sum(bool(each.error) for each in results)),
+        "verdict": sweep_verdict(found["rows"], sum(bool(each.error) for each in results)),
         "recipe": recipe.model_dump(mode="json"),
-        "rows": found,
+        **found,
+    }
+
+
+def results_summary(results: Sequence[CellResult]) -> dict[str, Any]:
+    """Return what the figures of a sweep show: the measure, its rows, and the cells."""
+    return {
+        "measure": measure_words(results),
+        "rows": [{name: _plain(value) for name, value in asdict(row).items()} for row in rows(results)],
         "cells": [asdict(each) for each in results],
     }
 

@@ -69,7 +69,7 @@ def sweep_verdict(rows: Sequence[dict[str, Any]], failed: int) -> str:
     failed
         Cells that came to nothing.
     """
-    lost = f" {failed} cells failed." if failed else ""
+    lost = f" {failed} cell{'s' * (failed != 1)} failed." if failed else ""
     compared = [row for row in rows if row["difference"] is not None and row["difference_interval"] is not None]
     if not rows:
         return f"No cell came to a result.{lost}"
@@ -79,8 +79,8 @@ def sweep_verdict(rows: Sequence[dict[str, Any]], failed: int) -> str:
     clear = [row for row in compared if abs(row["difference"]) > row["difference_interval"]]
     better = sorted((row for row in clear if row["difference"] < 0), key=_change)
     worse = [row for row in clear if row["difference"] > 0]
-    count = f"Of {len(compared)} comparisons with random choice of the same size, {len(better)} are better and "
-    count += f"{len(worse)} worse by more than noise (95% intervals)"
+    count = f"By more than noise, {len(better)} of {len(compared)} rows are better than random choice of the same size "
+    count += f"and {len(worse)} worse (95% intervals)"
     if better:
         count += f"; the clearest gain: {_row_words(better[0])}, {_change(better[0]):+.1%}"
     elif len(compared) > 1:

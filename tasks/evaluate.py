@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,15 +114,10 @@ def compare_texts(store: ArtifactStore, run: Ref, others: Sequence[Ref]) -> dict
 
     mine, theirs = sequence_scores(store, run), [sequence_scores(store, each) for each in others]
     return {
-        name: plain(asdict(paired_difference(mine[name], np.mean([each[name] for each in theirs], axis=0))))
+        name: paired_difference(mine[name], np.mean([each[name] for each in theirs], axis=0)).plain()
         for name in PER_TOKEN
         if name in mine
     }
-
-
-def plain(value: dict[str, Any]) -> dict[str, Any]:
-    """Return a row with None for what is not a number, as JSON has it."""
-    return {name: None if isinstance(each, float) and math.isnan(each) else each for name, each in value.items()}
 
 
 def mean_scores(found: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Stage `task_scores`: one model on one task of the lm-evaluation-harness, item by item."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -166,14 +165,7 @@ def compare_tasks(store: ArtifactStore, a: Ref, b: Ref) -> dict[str, Any]:
     difference = paired_difference(
         [value for value, _ in ours.values()], [theirs[item][0] for item in ours], weights=weights
     )
-    interval = {name: getattr(difference, name) for name in ("low", "high")}
-    return {
-        "mean": difference.mean,
-        **{name: None if math.isnan(value) else value for name, value in interval.items()},
-        "p_value": difference.p_value,
-        "test": difference.test,
-        "metric": metric if aggregation == "mean" else f"{metric} as loss",
-    }
+    return {**difference.plain(), "metric": metric if aggregation == "mean" else f"{metric} as loss"}
 
 
 ItemName = tuple[str, int, str, str, str]  # subtask, number, and hashes of document, prompt and target

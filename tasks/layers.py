@@ -10,7 +10,6 @@ from tasks.cached import Build, ByDigest, cached
 from tasks.identities import ModelIdentity
 from tasks.model import checkpoint_decoder, original_decoder
 from tasks.pool import sample_tokens
-from tasks.thresholds import outlier_columns
 
 if TYPE_CHECKING:
     from covercal.quantization_settings import Dtype
@@ -66,32 +65,3 @@ def read_layer_errors(store: ArtifactStore, ref: Ref) -> list[dict[str, Any]]:
     """Return name, block, kind and relative error of every linear, in order of execution."""
     value: list[dict[str, Any]] = json.loads((store.path(ref) / ERRORS).read_bytes())
     return value
-
-
-def missed_at_linears(store: ArtifactStore, outliers: Ref, missed: Any) -> dict[tuple[int, str], dict[str, Any]]:
-    """Return, by block and linear, how many outlier channels its input has, how many are missed, and their weight.
-
-    Parameters
-    ----------
-    store, outliers
-        Where the outlier channels are read.
-    missed
-        bool (outlier channels,): whether no chosen sample fires it.
-    """
-    columns = outlier_columns(store, outliers, "block", "linears", "weight")
-    sums: dict[tuple[int, str], list[float]] = {}
-    for block, linears, weight, lost in zip(*columns.values(), missed, strict=True):
-        row = sums.setdefault((int(block), str(linears)), [0, 0, 0.0, 0.0])
-        row[0] += 1
-        row[1] += int(lost)
-        row[2] += float(weight)
-        row[3] += float(weight) * bool(lost)
-    return {
-        (block, name): {
-            "outlier_channels": int(count),
-            "uncovered": int(lost),
-            "uncovered_weight": lost_weight / weight if weight else 0.0,
-        }
-        for (block, linears), (count, lost, weight, lost_weight) in sums.items()
-        for name in linears.split(", ")
-    }

@@ -27,7 +27,7 @@ RANDOM_ORDERS = 50
 BAND = (2.5, 97.5)  # percentiles of the random orders
 
 
-@cached("overview", version=1, names={"budget": "selection.budget", "selector": "selection.selector"})
+@cached("overview", version=2, names={"budget": "selection.budget", "selector": "selection.selector"})
 def make_overview(
     build: Build, *, pool: Ref, outliers: Ref, selection: Ref, budget: int, selector: str, rivals: Mapping[str, Ref]
 ) -> None:
@@ -42,6 +42,7 @@ def make_overview(
         "texts": _texts(columns, chosen, coverage_curve(coverage, weights, chosen)),
         "curves": _curves(store, coverage, weights, budget, {selector: selection} | dict(rivals)),
         "outlier_map": {"sites": _map(store, outliers, covered)},
+        "missed": _missed(store, outliers, ~covered),
     }
     (build.folder / OVERVIEW).write_text(json.dumps(value), encoding="utf-8")
 
@@ -118,3 +119,23 @@ def _map(store: ArtifactStore, outliers: Ref, covered: npt.NDArray[np.bool_]) ->
         }
         for name, blocks in rows.items()
     ]
+
+
+def _missed(store: ArtifactStore, outliers: Ref, missed: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
+    """Return block and linears of every site, how many outlier channels it has, and which share of them is missed."""
+    columns = outlier_columns(store, outliers, "site", "weight")
+    found = []
+    for site in read_table(store.path(outliers) / THRESHOLDS).to_pylist():
+        mine = columns["site"] == site["site"]
+        weight = float(columns["weight"][mine].sum())
+        lost = float(columns["weight"][mine & missed].sum())
+        found.append(
+            {
+                "block": int(site["block"]),
+                "linears": str(site["linears"]).split(", "),
+                "outlier_channels": int(mine.sum()),
+                "uncovered": int((mine & missed).sum()),
+                "uncovered_weight": lost / weight if weight else 0.0,
+            }
+        )
+    return found

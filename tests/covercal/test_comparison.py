@@ -13,7 +13,15 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import binomtest, bootstrap, norm
 
 from covercal import comparison
-from covercal.comparison import BOOTSTRAP, MCNEMAR, ONE_ITEM, mcnemar, paired_difference, tango_interval
+from covercal.comparison import (
+    BOOTSTRAP,
+    MCNEMAR,
+    ONE_ITEM,
+    mcnemar,
+    paired_difference,
+    rank_correlation,
+    tango_interval,
+)
 from covercal.errors import InputError
 
 Floats = npt.NDArray[np.float64]
@@ -269,3 +277,20 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         paired_difference(values, others, weights=weights)
+
+
+def test_what_is_no_number_is_null_in_json() -> None:
+    assert paired_difference([0.5], [0.25]).plain() == {
+        "mean": 0.25, "low": None, "high": None, "p_value": 1.0, "test": ONE_ITEM
+    }  # fmt: skip
+
+
+def test_ranks_correlate_as_by_hand() -> None:
+    found = rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 100.0, 20.0, 3000.0])
+    assert found is not None
+    assert found[0] == pytest.approx(1 - 6 * 2 / (4 * 15))
+
+
+@pytest.mark.parametrize("flat", [[], [1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 1.0, 2.0]])
+def test_what_hardly_differs_has_no_correlation(flat: list[float]) -> None:
+    assert rank_correlation(flat, list(range(len(flat)))) is None

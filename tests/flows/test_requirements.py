@@ -71,7 +71,7 @@ def test_a_task_without_a_score_is_missed() -> None:
 def test_failures_and_missed_bars_are_told_together() -> None:
     events = [Event("tasks", "task_scores", "", FAILED, "InputError: no"), Event("pool", "pool", "k", "hit", "there")]
     one, other = shortcomings(recipe(divergence={"max": 0.2}), summary(0.3), events)
-    assert one == "1 evaluations failed; the first: tasks: InputError: no"
+    assert one == "1 evaluation failed; the first: tasks: InputError: no"
     assert other.startswith("The run misses what its recipe requires: the KL")
     assert shortcomings(recipe(), {"selection": {}}, []) == []
 

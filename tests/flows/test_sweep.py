@@ -194,7 +194,7 @@ def test_the_same_rows_give_the_same_files(write_recipe: WriteRecipe, tmp_path: 
 def test_a_sweep_whose_every_cell_failed_still_has_its_report(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     found = [CellResult({"selection.budget": 2}, error="InputError: <b>no such thing</b>")]
     page = write_sweep(tmp_path, sweep_summary(load_recipe(write_recipe()), found), TOOK)[1].read_text()
-    assert "No cell came to a result. 1 cells failed." in page
+    assert "No cell came to a result. 1 cell failed." in page
     assert "&lt;b&gt;no such thing&lt;/b&gt;" in page
 
 

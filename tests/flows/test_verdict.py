@@ -100,7 +100,9 @@ def test_a_sweep_counts_only_what_is_more_than_noise() -> None:
         row("c", 1.2, 0.2, 0.1),
     ]
     words = sweep_verdict(rows, 0)
-    assert words.startswith("Of 3 comparisons with random choice of the same size, 1 are better and 1 worse")
+    assert words.startswith(
+        "By more than noise, 1 of 3 rows are better than random choice of the same size and 1 worse"
+    )
     assert "selector a, budget 8, -10.0%" in words
     assert "failed" not in words
     assert "2 cells failed" in sweep_verdict(rows, 2)

@@ -72,7 +72,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     chain = run_chain(recipe, identify(recipe, execution.store), execution, until="report")
     concluded = conclude(recipe, chain, execution, recorder.events, until="report")
     took = Took("run", "covercal run recipe.yaml", "2026-01-01T00:00:00+00:00", 1.0, tuple(recorder.events))
-    return told(execution.store, recipe, concluded.summary, took), read_figures(execution.store, concluded.figures)
+    return told(recipe, concluded, took), read_figures(execution.store, concluded.figures)
 
 
 @pytest.fixture(scope="session")
