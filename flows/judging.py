@@ -130,7 +130,7 @@ def layer_errors(
     recipe: Recipe, execution: Execution, texts: tuple[Any, ...], models: Models, place: dict[str, Any]
 ) -> tuple[Any, Any] | None:
     """Measure the error of every linear on held-out inputs, of round-to-nearest and of this run."""
-    if not shows_layers(recipe):
+    if why_no_layers(recipe):
         return None
     text = texts[len(recipe.evaluation.perplexity)]
     wanted = [
@@ -141,13 +141,17 @@ def layer_errors(
     return nearest, run
 
 
-def shows_layers(recipe: Recipe) -> bool:
-    """Return whether the error of every linear is measured.
-
-    A method that scales inputs moves factors from one linear to another: their outputs cannot be compared one by one.
-    """
+def why_no_layers(recipe: Recipe) -> str:
+    """Return why the error of every linear is not measured; empty when it is."""
     settings = recipe.evaluation
-    return bool(settings.divergence and settings.layers) and recipe.quantization.scaling.search == "none"
+    if recipe.quantization.scaling.search != "none":
+        return (
+            f"{recipe.quantization.method} scales inputs, which moves factors from one linear to another: "
+            "their outputs cannot be compared one by one."
+        )
+    if not settings.layers:
+        return "evaluation.layers is 0."
+    return "" if settings.divergence else "It is measured on a text of evaluation.divergence, and there is none."
 
 
 def score_tasks(

@@ -10,7 +10,7 @@ from rich.table import Table
 from covercal.recipe import Recipe
 from flows.chain import Chain
 from flows.execution import WORST_FIRST, Event, Failed
-from flows.judging import EvaluatedTask, EvaluatedText
+from flows.judging import EvaluatedTask, EvaluatedText, why_no_layers
 from flows.verdict import explanation, verdict
 from storage.artifacts import ArtifactStore
 from storage.manifest import Ref
@@ -204,6 +204,7 @@ def summarize(recipe: Recipe, chain: Chain, store: ArtifactStore) -> dict[str, A
         value["evaluation"] = evaluation_summary(chain, store)
         value["tasks"] = tasks_summary(chain, store)
         value["layers"] = layers_summary(recipe, chain, store, found.get("missed", ()))
+        value["why_no_layers"] = why_no_layers(recipe)
         value["verdict"] = verdict(recipe, value)
         value["checkpoint"] = str(store.path(chain.checkpoint))
     return value

@@ -109,7 +109,7 @@ def _domain_caption(rows: list[DotRow], names: dict[str, str], what: str) -> str
 
 def _without_layers(summary: Summary) -> str:
     if not (summary.get("layers") or {}).get("linears"):
-        return "The errors of the single linears were not measured in this run."
+        return str(summary.get("why_no_layers") or "The errors of the single linears were not measured in this run.")
     return ""
 
 

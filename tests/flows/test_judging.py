@@ -18,6 +18,7 @@ from storage.artifacts import ArtifactStore
 from storage.tables import read_table
 from tasks.layers import read_layer_errors
 from tasks.quantize import LINEARS
+from tasks.report import run_left_out
 from tests.covercal.test_language_tasks import CHOICES, write_task
 from tests.flows.test_cli import Command, command
 
@@ -204,3 +205,6 @@ def test_linears_err_on_held_out_inputs_about_as_on_those_they_were_calibrated_w
 def test_a_method_that_scales_inputs_has_no_view_of_linears(write_recipe: WriteRecipe, store: ArtifactStore) -> None:
     chain, summary, _ = run_here(write_recipe(quantization={"method": "awq", "bits": 4, "group_size": 16}), store)
     assert chain.layers is summary["layers"] is None
+    assert summary["why_no_layers"].startswith("awq scales inputs")
+    (left_out,) = [each for each in run_left_out(summary) if each.title == "Relative error by block"]
+    assert left_out.why == summary["why_no_layers"]
