@@ -56,7 +56,10 @@ def above(peaks: Peaks, limit: float) -> npt.NDArray[np.bool_]:
 
 def poorly_reconstructed(errors: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     """Return the indices of errors above median + 2 standard deviations (COVERCAL, algorithm 2)."""
-    return np.flatnonzero(errors > np.median(errors) + 2 * errors.std()) if errors.size else np.zeros(0, dtype=np.int64)
+    if not errors.size:
+        return np.zeros(0, dtype=np.int64)
+    scaled = np.ldexp(errors, -np.frexp(errors.max())[1])  # exact, and no square of a small error is lost
+    return np.flatnonzero(scaled > np.median(scaled) + 2 * scaled.std())
 
 
 PEAK_RULES: Mapping[str, Callable[[Peaks, float], float]] = MappingProxyType(

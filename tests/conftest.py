@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors a second thread only spins
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,12 @@ from flows.run import PREFECT_SETTINGS
 from storage.artifacts import ArtifactStore
 
 os.environ.update(PREFECT_SETTINGS)
+
+# One commit gives one verdict: the examples are the same in every run, unless HYPOTHESIS_PROFILE=search looks for new ones.
+# Writing files is as slow as the disk of the day, and no test is about time.
+settings.register_profile("repeatable", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.register_profile("search", settings.get_profile("repeatable"), derandomize=False, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture

@@ -4,14 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 from tests.storage.faults import allow_writing
-
-# Writing files is as slow as the disk of the day; no test here is about time.
-settings.register_profile("store", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("store")
-
 
 @pytest.fixture
 def public_folder() -> Iterator[Path]:
