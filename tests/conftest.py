@@ -17,7 +17,7 @@ from storage.artifacts import ArtifactStore
 
 os.environ.update(PREFECT_SETTINGS)
 
-# One commit gives one verdict: the examples are the same in every run, unless HYPOTHESIS_PROFILE=search looks for new ones.
+# One commit gives one verdict: the examples are the same in every run; HYPOTHESIS_PROFILE=search looks for new ones.
 # Writing files is as slow as the disk of the day, and no test is about time.
 settings.register_profile("repeatable", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.register_profile("search", settings.get_profile("repeatable"), derandomize=False, max_examples=1000)

@@ -7,6 +7,7 @@ import pytest
 
 from tests.storage.faults import allow_writing
 
+
 @pytest.fixture
 def public_folder() -> Iterator[Path]:
     """A folder that every user can reach (`tmp_path` lies below a folder of its owner alone)."""
