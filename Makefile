@@ -4,19 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test browser lint clean
+.PHONY: demo test programs lint clean
 
 demo: $(READY)
 	$(BIN)/covercal demo
 
-test: $(READY) browser
+test: $(READY) programs
 	$(BIN)/python -m pytest
 
-# The report is looked at in a real browser: where there is none, and this user may install one, Debian's Chromium comes.
-browser:
-	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
-	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
-	  || echo "no Chromium here: the tests of the report's pages will be skipped"
+# The report and the dashboard are looked at in a real browser, and a team's server needs PostgreSQL and Redis: what is not there
+# comes from Debian, where this user may install it.
+programs:
+	@{ command -v chromium && command -v redis-server && ls /usr/lib/postgresql/*/bin/initdb; } >/dev/null 2>&1 \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium redis-server postgresql >/dev/null; } \
+	  || echo "no Chromium, Redis or PostgreSQL here: the tests that need them will be skipped"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """The typed recipe: YAML in, frozen settings out, errors that name the field and the nearest valid name."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -321,21 +322,22 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"Recipe {path} is not valid YAML: {cause}") from cause
     if not isinstance(value, dict):
         raise InputError(f"Recipe {path} must be a mapping of sections such as `model:` and `pool:`.")
-    for each in overrides:
-        _override(value, each)
-    return parse_recipe(value, path.parent.absolute(), str(path))
+    return parse_recipe(value, path.parent.absolute(), str(path), overrides)
 
 
-def parse_recipe(value: Mapping[str, Any], folder: Path, name: str = "recipe") -> Recipe:
-    """Return the recipe in `value`, with paths made absolute against `folder`.
+def parse_recipe(value: Mapping[str, Any], folder: Path, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe in `value` with `a.b=value` overrides, with paths made absolute against `folder`.
 
     Raises
     ------
     InputError
         Naming every wrong field and, for an unknown one, the nearest valid name.
     """
+    changed = deepcopy(dict(value)) if overrides else value
+    for each in overrides:
+        _override(changed, each)
     try:
-        recipe = Recipe.model_validate(value)
+        recipe = Recipe.model_validate(changed)
     except ValidationError as error:
         raise InputError(f"Recipe {name}: " + "; ".join(sentences(error, Recipe))) from None
     return _absolute(recipe, folder)
@@ -353,7 +355,7 @@ def with_fields(recipe: Recipe, fields: Mapping[str, Any]) -> dict[str, Any]:
     return value
 
 
-def _override(value: dict[str, Any], assignment: str) -> None:
+def _override(value: Any, assignment: str) -> None:
     path, equals, text = assignment.partition("=")
     names = path.strip().split(".")
     if not equals or not all(names):

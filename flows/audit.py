@@ -9,16 +9,15 @@ from rich.table import Table
 from covercal.errors import InputError, TooFewSamplesError
 from covercal.recipe import Recipe, TextSource
 from flows.chain import run_chain
-from flows.execution import Direct, Recorder
+from flows.execution import Direct, Execution, Recorder
 from flows.inputs import check_model, identify
-from storage.artifacts import ArtifactStore
 from tasks.audit import audit_set
 from tasks.capture import capture_shard, pool_shards
 from tasks.identities import TokenizerIdentity, identify_text
 from tasks.pool import make_pool
 
 
-def audit(recipe: Recipe, source: TextSource, store: ArtifactStore, recorder: Recorder) -> dict[str, Any]:
+def audit(recipe: Recipe, source: TextSource, execution: Execution) -> dict[str, Any]:
     """Measure a calibration set as the pool was measured, and compare.
 
     Parameters
@@ -27,16 +26,16 @@ def audit(recipe: Recipe, source: TextSource, store: ArtifactStore, recorder: Re
         Its pool stands for what the model will meet; its tokenizer, lengths and sites hold for the set, too.
     source
         The calibration set: all its texts are used, in samples of the recipe's length.
-    store, recorder
-        Where artifacts lie, and who is told of them.
+    execution
+        How steps are carried out.
 
     Raises
     ------
     InputError
         When the set gives no sample; nothing heavy has been done then.
     """
+    store = execution.store
     inputs, texts = identify(recipe, store), identify_text(source, store)
-    execution = Direct(store, recorder)
     model = inputs.model
     imported = check_model(recipe, inputs, Direct(store, Recorder()))
     try:

@@ -1,4 +1,4 @@
-"""The command line: `covercal run | plan | select | sweep | audit | config | demo | cache`."""
+"""The command line: `covercal run | plan | select | sweep | audit | deploy | serve | config | demo | cache`."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
     Nothing is built but the token sequences: which shards a pool has depends on them.
     """
     from covercal.recipe import load_recipe
-    from flows.run import show_plan
+    from flows.plan import show_plan
 
     console = new_console(as_json)
     typed = load_recipe(recipe, overrides or [])
@@ -143,9 +143,8 @@ def sweep(
 ) -> None:
     """Run the grid in the recipe's `sweep:`: shared stages once, one report. A failing cell loses no other."""
     from covercal.recipe import load_recipe
-    from flows.report import write_sweep
     from flows.run import execute_sweep
-    from flows.sweep import rows, sweep_summary, sweep_table
+    from flows.sweep import rows, sweep_table
 
     console = new_console(as_json)
     typed = load_recipe(recipe, overrides or [])
@@ -153,11 +152,9 @@ def sweep(
         raise InputError(f"Recipe {recipe} has no `sweep:`; add one, such as sweep: {{selection.budget: [8, 32]}}.")
     store = the_store(offline=offline)
     command = _header(console, "sweep", recipe, overrides)
-    results, record, took = execute_sweep(typed, store, console, command=command, verbose=verbose)
-    written = write_sweep(output or store.root / "reports" / record.stem, sweep_summary(typed, results), took)
-    failed = [each for each in results if each.error]
+    finished = execute_sweep(typed, store, console, command=command, output=output, verbose=verbose)
     console.print()
-    found = rows(results)
+    found = rows(finished.results)
     console.print(sweep_table(found))
     console.print(
         "Lower is better. Below zero: better than a random set of that size; beats: share of random sets that do worse."
@@ -166,15 +163,13 @@ def sweep(
         highlight=False,
         soft_wrap=True,
     )
-    for each in written:
+    for each in finished.written:
         console.print(f"Written      {each}", soft_wrap=True, highlight=False)
-    console.print(f"Record       {record}", soft_wrap=True, highlight=False)
+    console.print(f"Record       {finished.record}", soft_wrap=True, highlight=False)
     if as_json:
-        print_json(json.loads(written[0].read_text(encoding="utf-8")))
-    if failed:
-        raise CovercalError(
-            f"{len(failed)} of {len(results)} cells failed; the first: {failed[0].error.splitlines()[0]}"
-        )
+        print_json(json.loads(finished.written[0].read_text(encoding="utf-8")))
+    if finished.failed:
+        raise CovercalError(finished.failed)
 
 
 @app.command()
@@ -192,7 +187,7 @@ def audit(
     from flows.audit import audit as audit_flow
     from flows.audit import audit_lines, calibration_source, help_table, missed_table
     from flows.display import Display
-    from flows.execution import Recorder
+    from flows.execution import Direct, Recorder
     from flows.summary import stage_rows
     from tasks.progress import listening
 
@@ -202,7 +197,7 @@ def audit(
     _header(console, "audit", recipe, overrides, f"--calibration {calibration}")
     with Display(typed, console) as display, listening(display.progress):
         recorder = Recorder(display.start, display.event)
-        found = audit_flow(typed, source, the_store(offline=offline), recorder)
+        found = audit_flow(typed, source, Direct(the_store(offline=offline), recorder))
     if as_json:
         print_json({"stages": stage_rows(recorder.events), "audit": found})
     for line in audit_lines(found):
@@ -213,6 +208,60 @@ def audit(
             console.print(table)
     again = _command("select", recipe, overrides)
     console.print(f"Next         {again} --output chosen.jsonl", soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
+def deploy(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(help="Recipe that runs have unless given another: a path on the workers.", show_default=False),
+    ] = None,
+    at_once: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many runs go on at the same time, one for each accelerator (a new pool: 1)."),
+    ] = None,
+    webhook: Annotated[str | None, typer.Option(help="Address that is told of runs that fail.")] = None,
+    nightly: Annotated[
+        bool | None, typer.Option("--nightly/--no-nightly", help="Switch the run at 02:00 UTC on or off.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Register work pool and deployments (quantize, sweep, audit) on the Prefect server of PREFECT_API_URL."""
+    from flows.deploy import POOL
+    from flows.deploy import deploy as register
+
+    console = new_console(as_json)
+    if recipe is not None:
+        _check_deployed(recipe, console)
+    found = register(recipe, at_once=at_once, webhook=webhook, nightly=nightly)
+    if as_json:
+        print_json({"deployments": found.deployments, "at_once": found.at_once, "nightly": found.nightly})
+    for name, page in found.deployments.items():
+        console.print(f"{name:<24} {page}", soft_wrap=True, highlight=False)
+    limit = f"{found.at_once} run{'s' * (found.at_once != 1)} at a time" if found.at_once else "no limit"
+    console.print(
+        f"Work pool    {POOL}: {limit}; the nightly run is {'on' if found.nightly else 'off'}", highlight=False
+    )
+    console.print(f"Next         prefect worker start --pool {POOL} --limit 1      on every machine that works")
+    given = "" if found.recipe else " --param recipe=/path/on/the/worker.yaml"
+    console.print(f"             prefect deployment run quantize/covercal{given}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def serve(
+    recipes: Annotated[list[Path], typer.Argument(help="Recipe files; each becomes a deployment.", show_default=False)],
+    cron: Annotated[str | None, typer.Option(help="When to run all of them, e.g. '0 2 * * *' (UTC).")] = None,
+    port: Annotated[int, typer.Option(help="Of the server and dashboard that are started on this machine.")] = 4200,
+    as_json: AsJson = False,
+) -> None:
+    """Schedule recipes on this machine, with a dashboard, and nothing else to set up. Runs until stopped."""
+    from covercal.recipe import load_recipe
+    from flows.serve import serve as serve_recipes
+
+    console = new_console(as_json)
+    for each in recipes:
+        load_recipe(each)
+    serve_recipes(recipes, console, cron=cron, port=port)
 
 
 @app.command()
@@ -280,6 +329,16 @@ def _header(console: Console, name: str, recipe: Path, overrides: list[str] | No
     command = " ".join([_command(name, recipe, overrides), *others])
     console.print(f"[bold]{escape(command)}[/bold]", soft_wrap=True, highlight=False)
     return command
+
+
+def _check_deployed(recipe: Path, console: Console) -> None:
+    """Read a recipe that is here, too; one that only the workers have is said to be."""
+    from covercal.recipe import load_recipe
+
+    if recipe.exists():
+        load_recipe(recipe)
+    else:
+        console.print(f"{recipe} is not on this machine; the workers must have it there.", highlight=False)
 
 
 def _check_new(output: Path | None) -> None:

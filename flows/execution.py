@@ -1,12 +1,13 @@
 """Three ways to go through the chain: only look (`Planned`), build here (`Direct`), or through Prefect (`Tracked`)."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from storage.artifacts import ArtifactStore
 from storage.manifest import Decision, Manifest, Outcome, Ref, Request
-from tasks.cached import ByDigest, Step
+from tasks.cached import ByDigest, Parcel, Step
 
 FAILED = "failed"
 WORST_FIRST = (
@@ -232,10 +233,19 @@ class Planned:
 
 @dataclass(slots=True)
 class Tracked:
-    """Runs every step as a Prefect task; to be used inside a flow."""
+    """Runs every step as a Prefect task; to be used inside a flow, by several threads of it if need be.
+
+    Attributes
+    ----------
+    unattended
+        Whether nobody waits for the run: what may pass, such as a remote that does not answer, is then tried again.
+    """
 
     store: ArtifactStore
     recorder: Recorder
+    unattended: bool = False
+    _unfinished: dict[str, Any] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, label: str, step: Step, **inputs: Any) -> Ref:
         """Run one task."""
@@ -255,22 +265,40 @@ class Tracked:
                 found.append(_failed(self.recorder, label, step, error))
         return tuple(found)
 
-    def _submitted(self, label: str, step: Step, inputs: Sequence[Mapping[str, Any]]) -> Any:
-        from prefect.utilities.annotations import quote, unmapped
-
+    def _submitted(self, label: str, step: Step, inputs: Sequence[Mapping[str, Any]]) -> list["_Submitted"]:
         self.recorder.on_start(label, len(inputs))
         names = [label if len(inputs) == 1 else f"{label} {i}/{len(inputs)}" for i in range(1, len(inputs) + 1)]
-        wrapped = [quote(dict(each)) for each in inputs]
-        return step.task.map(name=names, label=unmapped(label), inputs=wrapped)
+        return [self._submit(step, name, label, each) for name, each in zip(names, inputs, strict=True)]
 
-    def _finished(self, label: str, future: Any) -> Ref:
-        outcome: Outcome = future.result()
+    def _submit(self, step: Step, name: str, label: str, inputs: Mapping[str, Any]) -> "_Submitted":
+        """Submit one task, unless another thread of this flow waits for the same artifact: then wait for that."""
+        key = step.request(inputs).key
+        task = step.patient_task if self.unattended else step.task
+        with self._lock:
+            if key not in self._unfinished:
+                self._unfinished[key] = task.submit(name=name, label=label, parcel=Parcel(inputs))
+            return _Submitted(key, self._unfinished[key])
+
+    def _finished(self, label: str, submitted: "_Submitted") -> Ref:
+        try:
+            outcome: Outcome = submitted.future.result()
+        finally:
+            with self._lock:
+                self._unfinished.pop(submitted.key, None)
         self.recorder.add(event_of(label, outcome))
         return outcome.ref
 
     def read(self, label: str, reader: Callable[..., Any], *refs: Any) -> Any:
         """Read artifacts."""
         return reader(self.store, *refs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    """A task under way, and the artifact it makes."""
+
+    key: str
+    future: Any
 
 
 def _failed(recorder: Recorder, label: str, step: Step, error: Exception) -> Failed:

@@ -4,27 +4,24 @@ import os
 import time
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
-from covercal.errors import CovercalError, EvaluationError
+from covercal.errors import CovercalError
 from covercal.recipe import Recipe
 from flows.chain import run_chain
 from flows.display import Display
 from flows.execution import Direct, Event, Planned, Recorder
 from flows.inputs import Inputs, check_model, identify
-from flows.report import Concluded, Took, conclude, lean, told, write_page
-from flows.requirements import shortcomings
-from flows.summary import stage_rows
+from flows.plan import MADE, is_complete, plan
+from flows.record import Finished, FinishedSweep, Running
 from flows.sweep import Cell, CellResult, Tell, cells, found_words, run_cells
 from storage.artifacts import ArtifactStore
 from storage.durable import make_writable_folder
 from storage.errors import StorageError
-from storage.runs import RunRecord, StageRecord, new_run_name, write_run
 from tasks.progress import listening
 
 PREFECT_SETTINGS = {
@@ -32,35 +29,7 @@ PREFECT_SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A run that came to its end.
-
-    Attributes
-    ----------
-    summary
-        Everything it found; the same for each run of a recipe.
-    told
-        The summary, and how this run went: command, time, versions, and one row per stage.
-    record, report
-        Files: the run record, and the page; no page for a run that ends at the selection.
-    failed
-        What could not be done on the way, and what the recipe requires and the run misses, in sentences.
-    """
-
-    summary: dict[str, Any]
-    told: dict[str, Any]
-    record: Path
-    report: Path | None
-    failed: list[str]
-
-    @property
-    def stages(self) -> list[dict[str, Any]]:
-        """Return one row per stage: what the store decided, why, and the time."""
-        rows: list[dict[str, Any]] = self.told["stages"]
-        return rows
+Found = TypeVar("Found")
 
 
 def configured_server() -> str:
@@ -76,24 +45,6 @@ def configured_server() -> str:
     return str(profiles.get("profiles", {}).get(active, {}).get("PREFECT_API_URL", ""))
 
 
-def plan(
-    recipe: Recipe, store: ArtifactStore, recorder: Recorder, *, until: str = "report"
-) -> tuple[Inputs, Concluded]:
-    """Go through the chain without building anything but the token sequences."""
-    inputs = identify(recipe, store)
-    execution = Planned(store, recorder)
-    chain = run_chain(recipe, inputs, execution, until=until)
-    return inputs, conclude(recipe, chain, execution, recorder.events, until=until)
-
-
-def show_plan(recipe: Recipe, store: ArtifactStore, console: Console, *, until: str = "report") -> list[dict[str, Any]]:
-    """Show which stages are cached and which are to do, and why; return the rows."""
-    with Display(recipe, console, planned=True) as display:
-        recorder = Recorder(display.start, display.event)
-        plan(recipe, store, recorder, until=until)
-    return stage_rows(recorder.events)
-
-
 def execute(
     recipe: Recipe,
     store: ArtifactStore,
@@ -107,51 +58,44 @@ def execute(
 
     With no Prefect server configured, a run that the store can answer is answered from it, and nothing is started.
     """
-    started, when = time.monotonic(), datetime.now(UTC)
+    running = Running(recipe, store, command)
     planned = Recorder()
     if sent := store.send_unsent():
         console.print(f"{sent} artifacts that an earlier run could not send are in the remote now", highlight=False)
     inputs, concluded = plan(recipe, store, planned, until=until)
-    run = new_run_name()
-    made = ("built", "rebuilt", "pulled", "waited")
-    cached = all(event.decision in ("hit", *made) for event in planned.events)
-    built = {event.key: event for event in planned.events if event.decision in made}
+    cached = is_complete(planned.events)
+    built = {event.key: event for event in planned.events if event.decision in MADE}
     built |= {  # what decided what else is to do was pulled meanwhile
         event.key: replace(event, decision="pulled", reason=f"from{event.reason.removeprefix('in')}")
         for event in planned.events
         if event.decision == "pull" and store.look_up(event.stage, event.key).manifest is not None
     }
     with Display(recipe, console) as display, listening(display.progress):
-        recorder = Recorder(display.start, display.event, built)
-        try:
+        running = replace(running, recorder=Recorder(display.start, display.event, built))
+        with running.kept():
             if cached and not configured_server():
-                _replay(planned.events, recorder)
-            else:
-                make_writable_folder(store.root, "The cache folder")
+                _replay(planned.events, running.recorder)
+                return running.finish(concluded)
+            make_writable_folder(store.root, "The cache folder")
+            if not cached:  # what is in the store was checked when it was made
                 built |= _check_model(recipe, inputs, store, display)
-                concluded = _run_flow(recipe, recorder, console, until, verbose=verbose)
-        except BaseException as error:  # Ctrl-C too: the record says how the run ended, and the error goes on
-            _write(store, run, recipe, command, when, started, "failed", recorder.events, {}, error)
-            raise
-    seconds, events, summary = time.monotonic() - started, recorder.events, concluded.summary
-    took = Took(run, command, when.isoformat(timespec="seconds"), seconds, tuple(events))
-    value = told(recipe, concluded, took)
-    page = None if concluded.figures is None else write_page(store, concluded.figures, run, value)
-    short = shortcomings(recipe, summary, events)
-    lost = EvaluationError(" ".join(short)) if short else None
-    state = "failed" if short else "completed"
-    record = _write(store, run, recipe, command, when, started, state, events, lean(summary), lost)
-    return Finished(summary, value, record, page, short)
+            return _run_flow(running, console, until, verbose=verbose)
 
 
 def execute_sweep(
-    recipe: Recipe, store: ArtifactStore, console: Console, *, command: str, verbose: bool = False
-) -> tuple[list[CellResult], Path, Took]:
-    """Run every cell of a recipe's sweep; return what each found, the run record, and how it went.
+    recipe: Recipe,
+    store: ArtifactStore,
+    console: Console,
+    *,
+    command: str,
+    output: Path | None = None,
+    verbose: bool = False,
+) -> FinishedSweep:
+    """Run every cell of a recipe's sweep, and write its report to `output`.
 
     With no Prefect server configured, a sweep that the store can answer is answered from it.
     """
-    started, when, run = time.monotonic(), datetime.now(UTC), new_run_name()
+    running = Running(recipe, store, command)
     wanted = cells(recipe)
     store.send_unsent()
     planned = Recorder()
@@ -160,7 +104,6 @@ def execute_sweep(
     console.print(f"{len(wanted)} cells, {len(to_do)} artifacts or more to make", highlight=False)
     for cell in broken:
         console.print(f"  will fail: {cell.name}", highlight=False, markup=False, soft_wrap=True)
-    recorder = Recorder()
     clock = time.monotonic()
 
     def tell(number: int, cell: Cell, result: CellResult) -> None:
@@ -170,23 +113,11 @@ def execute_sweep(
         line = f"  {number:>3}/{len(wanted)}  {cell.name:<56} {found_words(result)}   {clocked}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    results: list[CellResult] = []
-    error: BaseException | None = None
-    try:
+    with running.kept():
         if to_do or configured_server():
-            results = _sweep_flow(recipe, recorder, tell, console, verbose=verbose)
-        else:
-            results = list(run_cells(wanted, store, lambda cell: Direct(store, recorder), tell))
-    except BaseException as cause:  # Ctrl-C too: the record says how the sweep ended
-        error = cause
-        raise
-    finally:
-        failed = [each for each in results if each.error]
-        state = "completed" if error is None and not failed else "failed"
-        summary = {"cells": len(results), "failed": len(failed)}
-        record = _write(store, run, recipe, command, when, started, state, recorder.events, summary, error)
-    seconds = time.monotonic() - started
-    return results, record, Took(run, command, when.isoformat(timespec="seconds"), seconds, tuple(recorder.events))
+            return _run_sweep(running, output, tell, console, verbose=verbose)
+        results = list(run_cells(wanted, store, lambda cell: Direct(store, running.recorder), tell))
+        return running.finish_sweep(results, output)
 
 
 def _plannable(cell: Cell, store: ArtifactStore, planned: Recorder) -> bool:
@@ -198,20 +129,13 @@ def _plannable(cell: Cell, store: ArtifactStore, planned: Recorder) -> bool:
     return True
 
 
-def _sweep_flow(
-    recipe: Recipe,
-    recorder: Recorder,
-    tell: Tell,
-    console: Console,
-    *,
-    verbose: bool,
-) -> list[CellResult]:
+def _run_sweep(running: Running, output: Path | None, tell: Tell, console: Console, *, verbose: bool) -> FinishedSweep:
     _prepare_prefect(console, verbose=verbose)
-    from flows.quantize import recording, sweep
+    from flows.entrypoints import keeping, sweep
 
-    with recording(recorder, tell):
-        found: list[dict[str, Any]] = sweep(recipe.model_dump(mode="json"))
-    return [CellResult(**each) for each in found]
+    with keeping(running, tell, output):
+        state = sweep(running.recipe.model_dump(mode="json"), return_state=True)
+    return _found(state, FinishedSweep)
 
 
 def _replay(events: Sequence[Event], recorder: Recorder) -> None:
@@ -232,14 +156,19 @@ def _check_model(recipe: Recipe, inputs: Inputs, store: ArtifactStore, display: 
     return {event.key: event for event in unpacking.events if event.decision != "hit"}
 
 
-def _run_flow(recipe: Recipe, recorder: Recorder, console: Console, until: str, *, verbose: bool) -> Concluded:
+def _run_flow(running: Running, console: Console, until: str, *, verbose: bool) -> Finished:
     _prepare_prefect(console, verbose=verbose)
-    from flows.quantize import quantize, recording
+    from flows.entrypoints import keeping, quantize
 
-    with recording(recorder):
-        state = quantize(recipe.model_dump(mode="json"), until, return_state=True)
+    with keeping(running):
+        state = quantize(running.recipe.model_dump(mode="json"), until=until, return_state=True)
+    return _found(state, Finished)
+
+
+def _found(state: Any, kind: type[Found]) -> Found:
+    """Return what a flow run returned, also one that is shown as failed; an error that ended it is raised."""
     found: Any = state.result(raise_on_failure=False)
-    if isinstance(found, Concluded):
+    if isinstance(found, kind):
         return found
     raise found
 
@@ -252,30 +181,3 @@ def _prepare_prefect(console: Console, *, verbose: bool) -> None:
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
-
-
-def _write(
-    store: ArtifactStore,
-    run: str,
-    recipe: Recipe,
-    command: str,
-    when: datetime,
-    started: float,
-    state: str,
-    events: Sequence[Event],
-    summary: dict[str, Any],
-    error: BaseException | None,
-) -> Path:
-    stages = [StageRecord(e.label, e.stage, e.key, str(e.decision), e.reason, e.seconds) for e in events]
-    record = RunRecord(
-        run=run,
-        command=command,
-        started=when.isoformat(timespec="seconds"),
-        seconds=round(time.monotonic() - started, 3),
-        state=state,
-        recipe=recipe.model_dump(mode="json"),
-        stages=stages,
-        result=summary,
-        error=f"{type(error).__name__}: {error}" if error is not None else "",
-    )
-    return write_run(store.root, record)

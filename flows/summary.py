@@ -212,9 +212,18 @@ def summarize(recipe: Recipe, chain: Chain, store: ArtifactStore) -> dict[str, A
 
 def run_name(recipe: Recipe) -> str:
     """Return what the dashboard calls a run, such as `smollm2-135m · gptq w3 g64 · coverage@32`."""
-    model = Path(recipe.model.source).stem.lower()
     selection = recipe.selection
-    return f"{model} · {grid_name(recipe)} · {selection.selector}@{selection.budget}"
+    return f"{model_name(recipe)} · {grid_name(recipe)} · {selection.selector}@{selection.budget}"
+
+
+def sweep_name(recipe: Recipe) -> str:
+    """Return what people call a sweep, such as `smollm2-135m · selector, budget`."""
+    return f"{model_name(recipe)} · {', '.join(name.rsplit('.', 1)[-1] for name in recipe.sweep)}"
+
+
+def model_name(recipe: Recipe) -> str:
+    """Return the model's name in lower case, without its folder."""
+    return Path(recipe.model.source).stem.lower()
 
 
 def grid_name(recipe: Recipe, method: str | None = None) -> str:

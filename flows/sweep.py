@@ -5,7 +5,10 @@ import json
 import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from covercal.selectors.registry import selector
 from flows.chain import run_chain
 from flows.execution import Execution
 from flows.inputs import Inputs, identify
-from flows.summary import summarize
+from flows.summary import summarize, sweep_name
 from flows.verdict import sweep_verdict
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
@@ -118,22 +121,50 @@ def run_cells(
     execution: Callable[[Cell], Execution],
     tell: Tell = lambda number, cell, result: None,
     check: Callable[[Recipe, Inputs], None] = lambda recipe, inputs: None,
+    at_once: int = 1,
 ) -> Iterator[CellResult]:
-    """Run every cell, after `check`, and yield what it found; an error of one cell is its result; the next one runs."""
-    for number, cell in enumerate(wanted, start=1):
-        try:
-            inputs = identify(cell.recipe, store)
-            check(cell.recipe, inputs)
-            chain = run_chain(cell.recipe, inputs, execution(cell))
-            summary = summarize(cell.recipe, chain, store)
-            scores = [_overall(each) for each in summary["evaluation"]]
-            result = CellResult(cell.fields, summary["selection"], summary["quantization"], scores)
-        except (CovercalError, StorageError) as error:
-            result = CellResult(cell.fields, error=f"{type(error).__name__}: {error}")
-        except Exception as error:  # a bug in one selector must not cost a night's other cells; the trace is kept
-            result = CellResult(cell.fields, error=f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+    """Run every cell, after `check`, and yield what it found; an error of one cell is its result; the next one runs.
+
+    `at_once` cells go on at the same time, which only helps where their steps run elsewhere.
+    """
+    found = _in_turn if at_once == 1 else partial(_at_once, at_once)
+    work = [partial(_run_cell, cell, store, execution, check) for cell in wanted]
+    for number, (cell, result) in enumerate(zip(wanted, found(work), strict=True), start=1):
         tell(number, cell, result)
         yield result
+
+
+def _in_turn(work: Sequence[Callable[[], CellResult]]) -> Iterator[CellResult]:
+    return (each() for each in work)
+
+
+def _at_once(count: int, work: Sequence[Callable[[], CellResult]]) -> Iterator[CellResult]:
+    """Yield the results in the order of the cells; what has not begun when a run is interrupted never does."""
+    with ThreadPoolExecutor(count) as threads:
+        running = [threads.submit(copy_context().run, each) for each in work]
+        try:
+            yield from (each.result() for each in running)
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _run_cell(
+    cell: Cell,
+    store: ArtifactStore,
+    execution: Callable[[Cell], Execution],
+    check: Callable[[Recipe, Inputs], None],
+) -> CellResult:
+    try:
+        inputs = identify(cell.recipe, store)
+        check(cell.recipe, inputs)
+        chain = run_chain(cell.recipe, inputs, execution(cell))
+        summary = summarize(cell.recipe, chain, store)
+        scores = [_overall(each) for each in summary["evaluation"]]
+        return CellResult(cell.fields, summary["selection"], summary["quantization"], scores)
+    except (CovercalError, StorageError) as error:
+        return CellResult(cell.fields, error=f"{type(error).__name__}: {error}")
+    except Exception as error:  # a bug in one selector must not cost a night's other cells; the trace is kept
+        return CellResult(cell.fields, error=f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
 
 
 def _overall(text: dict[str, Any]) -> dict[str, Any]:
@@ -240,9 +271,8 @@ def _without(fields: dict[str, Any], *names: str) -> str:
 def sweep_summary(recipe: Recipe, results: Sequence[CellResult]) -> dict[str, Any]:
     """Return everything that a sweep found, as plain JSON."""
     found = results_summary(results)
-    model = Path(recipe.model.source).stem.lower()
     return {
-        "name": f"{model} · {', '.join(name.rsplit('.', 1)[-1] for name in recipe.sweep)}",
+        "name": sweep_name(recipe),
         "verdict": sweep_verdict(found["rows"], sum(bool(each.error) for each in results)),
         "recipe": recipe.model_dump(mode="json"),
         **found,

@@ -2,10 +2,12 @@
 
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ from platformdirs import user_cache_path
 from pydantic import BaseModel
 
 from storage.artifacts import ArtifactStore
-from storage.errors import RemoteSettingsError
+from storage.errors import RemoteError, RemoteSettingsError
 from storage.manifest import Decision, Outcome, Ref, Request
 from tasks.progress import Progress, listening, tell
 from tasks.settings import apply_settings
@@ -63,11 +65,23 @@ class Build:
         return advance
 
 
+_one_build = threading.Lock()
+"""Steps of one process share its device and the model on it: one builds at a time."""
+RETRY_SECONDS = (10, 60)
 DASHBOARD_SECONDS = 1.0
 MIN_SHOWN = 2  # a step of one unit has no progress to show
 
 BuildFunction = Callable[..., Mapping[str, Any] | None]
 KeyedInputs = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+class Parcel:
+    """A step's inputs on their way to a task: one thing, which neither Prefect nor Dask takes apart to search it."""
+
+    __slots__ = ("inputs",)
+
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        self.inputs = dict(inputs)
 
 
 class Step:
@@ -115,18 +129,37 @@ class Step:
         """Return the artifact of `inputs`, built if it has to be."""
         request = self.request(inputs)
         work = store.work_folder(request.key)
-        return store.build_once(request, lambda folder: self.build(Build(folder, store, label, work), **inputs))
+
+        def build(folder: Path) -> Mapping[str, Any] | None:
+            with _one_build:
+                return self.build(Build(folder, store, label, work), **inputs)
+
+        return store.build_once(request, build)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to a worker as a name: the worker has the code."""
+        return _step, (self.build.__module__, self.build.__qualname__)
 
     @cached_property
     def task(self) -> Any:
-        """Return the Prefect task of this step: `task(name, label, inputs)` ends in state `Cached` on a hit."""
+        """Return the Prefect task of this step: `task(name, label, Parcel(inputs))` ends in state `Cached` on a hit."""
+        return self._task()
+
+    @cached_property
+    def patient_task(self) -> Any:
+        """Return the same task, which is tried again after a fault that may pass by itself."""
+        return self._task().with_options(
+            retries=len(RETRY_SECONDS), retry_delay_seconds=list(RETRY_SECONDS), retry_condition_fn=may_pass
+        )
+
+    def _task(self) -> Any:
         from prefect import State, Task
         from prefect.cache_policies import NO_CACHE
         from prefect.states import Completed
 
-        def run_step(name: str, label: str, inputs: Mapping[str, Any]) -> State[Outcome]:
+        def run_step(name: str, label: str, parcel: Parcel) -> State[Outcome]:
             with listening(_dashboard_progress(label)):
-                outcome = self.run(open_store(), label, inputs)
+                outcome = self.run(open_store(), label, parcel.inputs)
             state = "Cached" if outcome.decision is Decision.HIT else "Completed"
             return Completed(name=state, message=f"{outcome.decision}: {outcome.reason}", data=outcome)
 
@@ -137,6 +170,20 @@ class Step:
             cache_policy=NO_CACHE,
             persist_result=False,
         )
+
+
+def _step(module: str, name: str) -> Step:
+    found = getattr(import_module(module), name)
+    assert isinstance(found, Step), f"{module}.{name} is no step"
+    return found
+
+
+def may_pass(task: Any, task_run: Any, state: Any) -> bool:
+    """Return whether what a task failed with may pass by itself: a remote that did not answer; never a wrong input."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, RemoteError | ConnectionError | TimeoutError) and not isinstance(
+        error, RemoteSettingsError
+    )
 
 
 def cached(

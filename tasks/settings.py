@@ -49,6 +49,13 @@ KNOWN = {
     "activation_memory": Known(
         "COVERCAL_ACTIVATION_MEMORY", "a quarter of what is free", "bytes of hidden states held in memory, such as 8G"
     ),
+    "task_runner": Known(
+        "COVERCAL_TASK_RUNNER", "threads", "where tasks run: threads (one after the other), dask, or ray"
+    ),
+    "cluster": Known("COVERCAL_CLUSTER", "one of this machine", "address of the Dask or Ray cluster, tcp://host:8786"),
+    "workers": Known("COVERCAL_WORKERS", "2", "processes of a cluster of this machine; cells of a sweep at a time"),
+    "notify": Known("COVERCAL_NOTIFY", "none", "Prefect block that is told of failed runs, such as webhook/covercal"),
+    "reports_url": Known("COVERCAL_REPORTS_URL", "none", "where the store's folder of reports is served, for links"),
     "prefect_api_url": Known("PREFECT_API_URL", "a temporary server", "the Prefect server that runs go through"),
 }
 

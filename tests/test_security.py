@@ -28,11 +28,12 @@ from covercal.decoder import load_decoder
 from covercal.errors import InputError
 from covercal.model_files import locate_model
 from covercal.pool import read_documents
-from covercal.recipe import Model, Recipe, TextSource, load_recipe
+from covercal.recipe import Model, TextSource, load_recipe
 from flows import cli
 from flows.chain import run_chain
-from flows.execution import Direct, Recorder
+from flows.execution import Direct
 from flows.inputs import check_inputs, identify
+from flows.record import Running
 from storage.arrays import read_array
 from storage.artifacts import ArtifactStore
 from storage.durable import flush_and_hash
@@ -556,12 +557,12 @@ def test_a_run_that_shares_tells_no_secret(shell: Shell, s3: str) -> None:
 
 
 def test_a_run_whose_remote_breaks_off_tells_no_secret(shell: Shell, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(recipe: Recipe, recorder: Recorder, *_: Any, **__: Any) -> None:
+    def broken(running: Running, *_: Any, **__: Any) -> None:
         store = open_store()
         store.remote.check()
-        inputs = identify(recipe, store)
+        inputs = identify(running.recipe, store)
         delete_bucket(s3)
-        run_chain(recipe, inputs, Direct(store, recorder))
+        run_chain(running.recipe, inputs, Direct(store, running.recorder))
 
     monkeypatch.setattr(flows.run, "_run_flow", broken)
     code, output = shell.run("run", shell.recipe)

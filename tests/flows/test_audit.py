@@ -49,7 +49,8 @@ def write_rows(path: Path, texts: list[str]) -> Path:
 def audit_here(path: Path, calibration: Path, store: ArtifactStore) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Audit in this process; return what was found and the rows by stage."""
     recorder = Recorder()
-    found = audit(load_recipe(path, ()), calibration_source(calibration, "text", None), store, recorder)
+    source = calibration_source(calibration, "text", None)
+    found = audit(load_recipe(path, ()), source, Direct(store, recorder))
     return found, {row["stage"]: row for row in stage_rows(recorder.events)}
 
 
@@ -73,7 +74,7 @@ def test_the_pools_own_texts_cover_everything(
     sources = [{"path": str(texts), "domain": "domain"}]
     recipe = load_recipe(write_recipe(pool={"sources": sources, "samples": 16}, outliers={"k": k}), ())
     recorder = Recorder()
-    found = audit(recipe, TextSource(path=str(texts), domain="domain"), store, recorder)
+    found = audit(recipe, TextSource(path=str(texts), domain="domain"), Direct(store, recorder))
     assert found["outlier_channels"] > 0
     assert (found["coverage"], found["weighted_coverage"], found["surrogate_bound"]) == (1, 1, 0)
     assert (found["heaviest_missed"], found["would_help"]) == ([], [])
@@ -86,7 +87,7 @@ def test_the_numbers_of_an_audit_are_those_of_the_stored_arrays(
 ) -> None:
     path = write_recipe(outliers=FEW)
     recorder = Recorder()
-    found = audit(load_recipe(path, ()), calibration_source(mine, "text", None), store, recorder)
+    found = audit(load_recipe(path, ()), calibration_source(mine, "text", None), Direct(store, recorder))
     chain = pool_chain(path, store)
     rows = read_table(store.path(chain.outliers) / OUTLIERS).to_pylist()
     keys = [event.key for event in recorder.events if event.label == "measured"]

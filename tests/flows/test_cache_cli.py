@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 import flows.run
-from covercal.recipe import Recipe
 from flows import cli
 from flows.chain import run_chain
-from flows.execution import Direct, Recorder
+from flows.execution import Direct
 from flows.inputs import identify
-from flows.report import Concluded, conclude
+from flows.record import Finished, Running
+from flows.report import conclude
 from storage.artifacts import ArtifactStore
 from storage.durable import file_names
 from storage.manifest import MANIFEST, Ref
@@ -636,11 +636,12 @@ def test_what_is_no_command_exits_with_2(command: Command, arguments: list[str])
 # --- running and planning with a remote that has everything ----------------------------------------------------------
 
 
-def run_without_prefect(recipe: Recipe, recorder: Recorder, *_: Any, **__: Any) -> Concluded:
+def run_without_prefect(running: Running, *_: Any, **__: Any) -> Finished:
     """Run the flow's chain in this process; stands in for `flows.run._run_flow`."""
+    recipe, recorder = running.recipe, running.recorder
     execution = Direct(open_store(), recorder)
     chain = run_chain(recipe, identify(recipe, execution.store), execution, until="report")
-    return conclude(recipe, chain, execution, recorder.events, until="report")
+    return running.finish(conclude(recipe, chain, execution, recorder.events, until="report"))
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def test_a_flow_with_a_failed_task_ends_failed_with_all_that_it_found_and_shows_
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
-    from flows.quantize import quantize
+    from flows.entrypoints import quantize
 
     recipe = load_recipe(write_recipe(evaluation={"tasks": tasks}))
     state = quantize(recipe.model_dump(mode="json"), return_state=True)
@@ -120,7 +120,7 @@ def test_a_sweep_shows_its_verdict_rows_cells_and_figures(
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
-    from flows.quantize import sweep
+    from flows.entrypoints import sweep
 
     grid = {
         "selection.selector": ["coverage", "random"],

@@ -25,8 +25,10 @@ from flows.choosing import shown_selectors
 from flows.display import row_details
 from flows.execution import Direct, Recorder
 from flows.inputs import identify
+from flows.plan import plan
+from flows.record import Finished
 from flows.report import conclude
-from flows.run import Finished, execute, plan
+from flows.run import execute
 from flows.summary import stage_rows
 from storage.artifacts import ArtifactStore
 from storage.runs import read_runs
@@ -290,7 +292,7 @@ def task_states(flow_run: UUID, count: int) -> dict[str, str]:
 def test_the_flow_ends_cached_tasks_in_state_cached(
     write_recipe: WriteRecipe, store: ArtifactStore, prefect_server: None
 ) -> None:
-    from flows.quantize import quantize
+    from flows.entrypoints import quantize
 
     expected = {"pool", "texts", "statistics 1/2", "statistics 2/2", "outliers", "selection", "measures", "reference"}
     expected |= {"nearest", "checkpoint", "random choice", "random", "overview", "layers 1/2", "layers 2/2", "report"}
@@ -329,10 +331,10 @@ def test_with_a_server_configured_a_cached_run_still_goes_through_it(
     run_here(path, store)
     monkeypatch.setattr("flows.run.configured_server", lambda: "the test server")
     ran = []
-    import flows.quantize
+    import flows.entrypoints
 
-    original = flows.quantize.run_chain
-    monkeypatch.setattr(flows.quantize, "run_chain", lambda *a, **k: ran.append(1) or original(*a, **k))
+    original = flows.entrypoints.run_chain
+    monkeypatch.setattr(flows.entrypoints, "run_chain", lambda *a, **k: ran.append(1) or original(*a, **k))
     finished = run_through_prefect(path, store)
     assert {row["decision"] for row in finished.stages} == {"hit"}
     assert ran == [1]

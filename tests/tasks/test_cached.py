@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 import tasks
+from covercal.errors import InputError
 from covercal.quantization_settings import Quantization
 from covercal.recipe import Outliers, Recipe
 from storage.artifacts import ArtifactStore
-from storage.errors import RemoteSettingsError
+from storage.errors import RemoteError, RemoteSettingsError, StorageError
 from storage.keys import canonical_json
 from storage.manifest import Decision, Ref
-from tasks.cached import Build, ByDigest, Step, cached, key_material, open_store, references
+from tasks.cached import Build, ByDigest, Step, cached, key_material, may_pass, open_store, references
 from tasks.progress import Progress, listening
 from tasks.quantize import PoolInputs
 
@@ -483,3 +484,28 @@ def test_a_remote_folder_that_is_not_there_is_refused(shared: Path) -> None:
     shared.rmdir()
     with pytest.raises(RemoteSettingsError, match=f"{shared} is not there"):
         open_store()
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (RemoteError("The remote does not answer."), True),
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (RemoteSettingsError("COVERCAL_REMOTE is no address."), False),
+        (StorageError("The disk is full."), False),
+        (InputError("The pool is empty."), False),
+        (ValueError(), False),
+    ],
+)
+def test_only_what_may_pass_by_itself_is_tried_again(error: Exception, passes: bool) -> None:
+    from prefect.states import Failed
+
+    assert may_pass(None, None, Failed(data=error)) is passes
+
+
+def test_a_task_of_a_run_that_nobody_waits_for_is_patient_and_no_other() -> None:
+    assert write_words.task.retries == 0
+    assert write_words.patient_task.retries == len(write_words.patient_task.retry_delay_seconds) > 0
+    assert write_words.patient_task.retry_condition_fn is may_pass
+    assert write_words.patient_task.name == write_words.task.name

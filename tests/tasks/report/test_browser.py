@@ -5,9 +5,7 @@ Chromium is the system's own; nothing is downloaded. Screenshots of whole pages 
 """
 
 import itertools
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +14,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tasks.report import Figure
+from tests.browser import launched, screenshots
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-ROOT = Path(__file__).parents[3]
 SCHEMES = ("light", "dark")
 WIDTHS = (390, 1280)
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
-)
 
 CONTRASTS = """() => {
   const linear = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
@@ -57,13 +52,8 @@ CLIPPED = """() => Array.from(document.querySelectorAll("figure svg")).flatMap((
 
 @pytest.fixture(scope="module")
 def browser() -> "Iterator[Browser]":
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM:
-        pytest.skip("no Chromium is installed, and none is downloaded")
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with launched() as chromium:
         yield chromium
-        chromium.close()
 
 
 @dataclass
@@ -103,9 +93,7 @@ def view(request: pytest.FixtureRequest, browser: "Browser", folder: Path) -> It
     """Each page at each width in each scheme, with a screenshot of it left behind."""
     kind, scheme, width = request.param
     found = opened(browser, folder / f"{kind}.html", width, scheme)
-    shots = Path(os.environ.get("COVERCAL_SCREENSHOTS") or ROOT / "build" / "screenshots")
-    shots.mkdir(parents=True, exist_ok=True)
-    found.page.screenshot(path=shots / f"{kind}-{scheme}-{width}.png", full_page=True)
+    found.page.screenshot(path=screenshots() / f"{kind}-{scheme}-{width}.png", full_page=True)
     yield found
     found.page.close()
 

@@ -1,0 +1,1 @@
+"""What `covercal deploy` registers on a Prefect server."""
