@@ -24,6 +24,8 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/hadolint deployments/Dockerfile
 
 # torch is asked for by its exact version first: a looser request may fetch a build with several GB of CUDA libraries.
 $(READY): pyproject.toml constraints.txt
