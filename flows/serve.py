@@ -79,7 +79,8 @@ def local_server(port: int, console: Console) -> Iterator[None]:
     address = f"http://{HOST}:{port}/api"
     console.print(f"starting a Prefect server at {address} …", highlight=False)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
-    process = subprocess.Popen([*command, "--log-level", "WARNING"], stdout=subprocess.DEVNULL)
+    # In a session of its own: Ctrl-C stops the runs first, and they have to say so to the server.
+    process = subprocess.Popen([*command, "--log-level", "WARNING"], stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         last = time.monotonic() + START_SECONDS
         while not _answers(f"{address}/health"):

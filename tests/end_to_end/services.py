@@ -178,6 +178,10 @@ class Server:
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
+    def delete(self, path: str) -> None:
+        """Ask the API to delete something."""
+        httpx.delete(self.url + path, auth=tuple(PASSWORD.split(":")), timeout=30).raise_for_status()
+
     def get(self, path: str) -> Any:
         """Return what the API answers."""
         answer = httpx.get(self.url + path, auth=tuple(PASSWORD.split(":")), timeout=30)
@@ -217,6 +221,7 @@ def prefect_server(folder: Path) -> Iterator[Server]:
             "PREFECT_SERVER_DOCKET_URL": f"redis://127.0.0.1:{broker}/1",
             "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
             "PREFECT_SERVER_UI_V2_ENABLED": "false",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         }
         start = [sys.executable, "-m", "prefect", "server"]
