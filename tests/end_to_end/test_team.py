@@ -21,7 +21,7 @@ from flows.deploy import DEPLOYMENTS
 from tests import tiny
 from tests.browser import launched, screenshots
 from tests.end_to_end.conftest import SAMPLES, SHARD, Lost
-from tests.end_to_end.services import PASSWORD, free_port, process, until
+from tests.end_to_end.services import PASSWORD, free_port, kill, process, until
 from tests.end_to_end.team import Team, contents, records
 
 pytestmark = pytest.mark.slow
@@ -247,20 +247,32 @@ def test_two_scheduled_runs_of_one_recipe_at_the_same_time_build_each_artifact_o
     assert sum("built" in each for each in decisions.values()) > len(decisions) - 5
 
 
-def test_a_sweep_and_an_audit_run_from_their_deployments(team: Team, worker: subprocess.Popen) -> None:
-    path = team.write_recipe("grid", sweep={"selection.budget": [2, 4]})
+@pytest.fixture(scope="session")
+def swept(team: Team, worker: subprocess.Popen) -> str:
+    """A sweep that ran from its deployment."""
+    run = team.trigger("sweep", recipe=str(team.write_recipe("grid", sweep={"selection.budget": [2, 4, 6]})))
+    assert team.ended(run)["name"] == "Completed", team.state(run)["message"]
+    return run
+
+
+def test_a_sweep_runs_from_its_deployment(team: Team, swept: str) -> None:
+    assert {"sweep", "rows", "cells"} < set(team.artifacts(swept))
+    assert team.run(swept)["name"] == "sweep model · budget"
+
+
+def test_an_audit_runs_from_its_deployment(team: Team, worker: subprocess.Popen) -> None:
     mine = tiny.write_texts(team.server.folder / "mine.jsonl", range(3))
-    sweep = team.trigger("sweep", recipe=str(path))
-    audit = team.trigger("audit", recipe=str(path), calibration=str(mine))
-    assert {team.ended(run)["name"] for run in (sweep, audit)} == {"Completed"}
-    assert {"sweep", "rows", "cells"} < set(team.artifacts(sweep))
-    assert {"audit", "stages"} <= set(team.artifacts(audit))
-    assert team.run(sweep)["name"] == "sweep model · budget"
+    run = team.trigger("audit", calibration=str(mine))
+    assert team.ended(run)["name"] == "Completed", team.state(run)["message"]
+    assert {"audit", "stages"} <= set(team.artifacts(run))
+    assert team.run(run)["name"] == f"audit model · {mine}"
 
 
 @contextmanager
-def dask_workers(folder: Path, caches: list[Path], environment: dict[str, str]) -> Iterator[str]:
-    """Run a Dask scheduler and one worker process for every cache; yield the scheduler's address."""
+def dask_workers(
+    folder: Path, caches: list[Path], environment: dict[str, str]
+) -> Iterator[tuple[str, list[subprocess.Popen]]]:
+    """Run a Dask scheduler and one worker process for every cache; yield the scheduler's address, and the workers."""
     port = free_port()
     address = f"tcp://127.0.0.1:{port}"
     scheduler = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port)]
@@ -268,35 +280,51 @@ def dask_workers(folder: Path, caches: list[Path], environment: dict[str, str]) 
         log = folder / "dask.log"
         opened.enter_context(process([*scheduler, "--no-dashboard"], log, environment))
         until(lambda: "Scheduler at" in log.read_text(), "the Dask scheduler starts")
+        command = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard"]
+        workers = []
         for cache in caches:
-            command = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1"]
             own = environment | {"COVERCAL_CACHE": str(cache)}
-            opened.enter_context(process([*command, "--no-dashboard", "--no-nanny"], log, own, cwd=str(folder)))
+            workers.append(opened.enter_context(process([*command, "--no-nanny"], log, own, cwd=str(folder))))
         until(lambda: log.read_text().count("Registered to:") >= len(caches), "the Dask workers start")
-        yield address
+        yield address, workers
 
 
-@pytest.mark.parametrize("shared", ["folder", "remote"])
-def test_two_dask_workers_make_the_same_bytes_as_one_machine(
-    team: Team, twice: tuple[str, str], tmp_path: Path, shared: str
+def test_two_dask_workers_with_a_cache_each_make_the_same_bytes_as_one_machine(
+    team: Team, twice: tuple[str, str], tmp_path: Path
 ) -> None:
-    """They share the cache's folder, or have one each and send to the same remote."""
-    caches = [tmp_path / "cache"] * 2 if shared == "folder" else [tmp_path / "one", tmp_path / "two"]
+    """What one has made travels to the other through the remote that both send to."""
+    caches = [tmp_path / "one", tmp_path / "two"]
     variables = {"COVERCAL_CACHE": str(tmp_path / "cache"), "COVERCAL_TASK_RUNNER": "dask"}
-    if shared == "remote":
-        variables |= {"COVERCAL_REMOTE": str(tmp_path / "remote"), "COVERCAL_REMOTE_WRITE": "1"}
-        (tmp_path / "remote").mkdir()
-        team.server.run("flows.cli", "cache", "remote", "--create", **variables)
-    with dask_workers(tmp_path, caches, team.server.environment | variables) as address:
-        recipe = str(team.server.folder / "recipe.yaml")
-        team.server.run("flows.cli", "run", recipe, COVERCAL_CLUSTER=address, **variables)
-    alone = contents(team.server.folder / "cache", "report")
+    variables |= {"COVERCAL_REMOTE": str(tmp_path / "remote"), "COVERCAL_REMOTE_WRITE": "1"}
+    (tmp_path / "remote").mkdir()
+    team.server.run("flows.cli", "cache", "remote", "--create", **variables)
+    with dask_workers(tmp_path, caches, team.server.environment | variables) as (address, _):
+        team.server.run(
+            "flows.cli", "run", str(team.server.folder / "recipe.yaml"), COVERCAL_CLUSTER=address, **variables
+        )
     here = contents(tmp_path / "cache", "report")
     assert len(here) > 30
-    assert here.items() <= alone.items()
-    if shared == "remote":
-        parts = [contents(cache) for cache in caches]
-        assert all(len([name for name in part if name.startswith("statistics/")]) for part in parts)
+    assert here.items() <= contents(team.server.folder / "cache", "report").items()
+    for cache in caches:  # both had a shard to capture
+        assert [name for name in contents(cache) if name.startswith("statistics/")]
+
+
+def test_a_sweep_over_dask_makes_the_same_bytes_and_outlives_one_of_two_workers(
+    team: Team, swept: str, tmp_path: Path
+) -> None:
+    variables = {"COVERCAL_CACHE": str(tmp_path / "cache"), "COVERCAL_TASK_RUNNER": "dask", "COVERCAL_WORKERS": "3"}
+    environment = team.server.environment | variables
+    with dask_workers(tmp_path, [tmp_path / "cache"] * 2, environment) as (address, workers):
+        command = [sys.executable, "-m", "flows.cli", "sweep", str(team.server.folder / "grid.yaml")]
+        with process(command, tmp_path / "sweep.log", environment | {"COVERCAL_CLUSTER": address}) as running:
+            until(
+                lambda: list((tmp_path / "cache").glob("objects/statistics/*/*/MANIFEST.json")), "capture is under way"
+            )
+            kill(workers[0])
+            assert running.wait(200) == 0, (tmp_path / "sweep.log").read_text()
+    here = contents(tmp_path / "cache")
+    assert len([name for name in here if name.startswith("checkpoint/")]) > 12
+    assert here.items() <= contents(team.server.folder / "cache").items()
 
 
 @pytest.mark.parametrize("what", ["worker", "machine"])
