@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import psutil
 
+REPORTS = "http://reports.invalid"
 PASSWORD = "covercal:not-a-real-secret"
 POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
 NEEDED = "PostgreSQL and Redis are not installed (Debian: apt-get install postgresql redis-server)"
@@ -206,6 +207,7 @@ def prefect_server(folder: Path) -> Iterator[Server]:
             "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
             "PREFECT_API_AUTH_STRING": PASSWORD,
             "COVERCAL_CACHE": str(folder / "cache"),
+            "COVERCAL_REPORTS_URL": REPORTS,
             "COVERCAL_SETTINGS": str(folder / "settings.toml"),
         }
         (folder / "settings.toml").touch()

@@ -21,7 +21,7 @@ from flows.deploy import DEPLOYMENTS
 from tests import tiny
 from tests.browser import launched, screenshots
 from tests.end_to_end.conftest import SAMPLES, SHARD, Lost
-from tests.end_to_end.services import PASSWORD, free_port, kill, process, until
+from tests.end_to_end.services import PASSWORD, REPORTS, free_port, kill, process, until
 from tests.end_to_end.team import Team, contents, records
 
 pytestmark = pytest.mark.slow
@@ -100,7 +100,11 @@ def test_a_run_shows_its_verdict_its_decisions_and_its_figures(team: Team, twice
     shown = team.artifacts(twice[1])
     assert {"summary", "stages", "result"} < set(shown)
     assert "| on | measure | original |" in shown["summary"]["data"]
-    assert "report.html" in shown["summary"]["data"]
+    record = [each for each in records(team.server.folder / "cache") if each["recipe"]["pool"]["samples"] == 16][1]
+    address = f"{REPORTS}/{record['run']}/report.html"
+    assert f"[{address}]({address})" in shown["summary"]["data"]
+    assert address in shown["report"]["data"]
+    assert (team.server.folder / "cache" / "reports" / record["run"] / "report.html").is_file()
     stages = json.loads(shown["stages"]["data"])
     assert {row["decision"] for row in stages} == {"hit"}
     assert all(row["reason"] for row in stages)
