@@ -208,7 +208,7 @@ def test_a_run_below_its_bar_fails_is_told_to_a_webhook_and_keeps_what_it_found(
 def scheduled(team: Team, recipe: Path, count: int) -> Iterator[list[str]]:
     """Have the schedules of one deployment fall due at the same moment; yield the runs that they made."""
     path = f"/deployments/{team.deployment('quantize')['id']}/schedules"
-    due = datetime.now(UTC) + timedelta(seconds=25)
+    due = datetime.now(UTC) + timedelta(seconds=45)
     body = [
         {
             "schedule": {"interval": 86400, "anchor_date": due.isoformat()},
