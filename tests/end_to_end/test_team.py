@@ -246,7 +246,7 @@ def test_two_scheduled_runs_of_one_recipe_at_the_same_time_build_each_artifact_o
         if stage["stage"] != "report":  # its numbers hold the times
             decisions.setdefault(stage["key"], []).append(stage["decision"])
     assert len(decisions) > 30
-    # One has built it, and the other found it, or waited for it; what does not depend on the pool may be an earlier run's.
+    # One has built it, and the other found it, or waited for it; what does not depend on the pool was there before.
     assert all(each.count("built") <= 1 for each in decisions.values())
     assert sum("built" in each for each in decisions.values()) > 30
 
