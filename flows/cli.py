@@ -252,16 +252,11 @@ def serve(
     recipes: Annotated[list[Path], typer.Argument(help="Recipe files; each becomes a deployment.", show_default=False)],
     cron: Annotated[str | None, typer.Option(help="When to run all of them, e.g. '0 2 * * *' (UTC).")] = None,
     port: Annotated[int, typer.Option(help="Of the server and dashboard that are started on this machine.")] = 4200,
-    as_json: AsJson = False,
 ) -> None:
     """Schedule recipes on this machine, with a dashboard, and nothing else to set up. Runs until stopped."""
-    from covercal.recipe import load_recipe
     from flows.serve import serve as serve_recipes
 
-    console = new_console(as_json)
-    for each in recipes:
-        load_recipe(each)
-    serve_recipes(recipes, console, cron=cron, port=port)
+    serve_recipes(recipes, new_console(as_json=False), cron=cron, port=port)
 
 
 @app.command()

@@ -31,7 +31,7 @@ MEASURES = ("divergence", "agreement", "perplexity")
 def show_run(finished: Finished, events: Sequence[Event], store: ArtifactStore) -> None:
     """Create the artifacts of a run."""
     summary = finished.summary
-    create_markdown_artifact(_markdown(summary, finished), key="summary", description="Verdict")
+    create_markdown_artifact(_markdown(finished), key="summary", description="Verdict")
     create_table_artifact(_stage_table(events), key="stages", description="What was cached, what ran, and why")
     if summary.get("evaluation") or summary.get("tasks"):
         create_table_artifact(result_rows(summary), key="result", description="One row a measure, one column a model")
@@ -119,7 +119,8 @@ def result_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _markdown(summary: dict[str, Any], finished: Finished) -> str:
+def _markdown(finished: Finished) -> str:
+    summary = finished.summary
     lines = [f"**{summary['verdict']}**", ""] if summary.get("verdict") else []
     lines += [*markdown_table(result_rows(summary)), ""] if summary.get("evaluation") or summary.get("tasks") else []
     lines += [f"* {' '.join(line.split())}" for line in selection_lines(summary)]

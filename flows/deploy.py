@@ -1,4 +1,4 @@
-"""Registering covercal on a Prefect server, and scheduling it on one machine without one."""
+"""Registering covercal on a Prefect server."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from covercal.errors import CovercalError, InputError
 from flows.notify import NOTIFY
-from flows.run import PREFECT_SETTINGS, configured_server
+from flows.server import configured_server, set_prefect_defaults
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -79,7 +79,7 @@ def deploy(
             "PREFECT_API_URL names no server to deploy to; set it, such as http://127.0.0.1:4200/api, "
             "or use `covercal serve` on this machine alone."
         )
-    _prepare()
+    set_prefect_defaults()
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectHTTPStatusError
@@ -102,7 +102,7 @@ def deploy(
         answer = f"{cause.response.status_code} {cause.response.reason_phrase}"
         hint = " PREFECT_API_AUTH_STRING holds `user:password`." if cause.response.status_code in REFUSED else ""
         raise CovercalError(f"The Prefect server at {configured_server()} refuses: {answer}.{hint}") from cause
-    except (httpx.HTTPError, RuntimeError, OSError) as cause:
+    except httpx.HTTPError as cause:
         raise CovercalError(
             f"The Prefect server at {configured_server()} does not answer ({_first_line(cause)}); is it running?"
         ) from cause
@@ -112,11 +112,6 @@ def deploy(
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _prepare() -> None:
-    for name, value in PREFECT_SETTINGS.items():
-        os.environ.setdefault(name, value)
 
 
 async def _ensure_pool(client: "PrefectClient", at_once: int | None) -> None:

@@ -47,6 +47,12 @@ class _Typed:
 
 MOST_BEGUN = 5
 FORM_FIELDS = ("selection.selector", "selection.budget", "quantization.method", "quantization.bits")
+OPTIONS: Any = {
+    "task_runner": task_runner(),
+    "persist_result": False,
+    "on_failure": [notify],
+    "on_crashed": [notify],
+}
 _typed: ContextVar[_Typed | None] = ContextVar("typed", default=None)
 
 
@@ -132,10 +138,7 @@ def _plain_recipe(parameters: dict[str, Any]) -> Recipe:
 @flow(
     name="quantize",
     flow_run_name=_named(lambda parameters: run_name(_quantize_recipe(parameters))),
-    task_runner=task_runner(),
-    persist_result=False,
-    on_failure=[notify],
-    on_crashed=[notify],
+    **OPTIONS,
 )
 def quantize(
     recipe: RecipeSource,
@@ -180,10 +183,7 @@ def quantize(
 @flow(
     name="sweep",
     flow_run_name=_named(lambda parameters: sweep_name(_plain_recipe(parameters))),
-    task_runner=task_runner(),
-    persist_result=False,
-    on_failure=[notify],
-    on_crashed=[notify],
+    **OPTIONS,
 )
 def sweep(recipe: RecipeSource, changes: list[str] = []) -> FinishedSweep | State[Any]:  # noqa: B006  # as above
     """Run every cell of a recipe's sweep; what cells share is computed once, and a failing cell loses no other.
@@ -214,10 +214,7 @@ def sweep(recipe: RecipeSource, changes: list[str] = []) -> FinishedSweep | Stat
 @flow(
     name="audit",
     flow_run_name=_named(lambda parameters: f"{model_name(_plain_recipe(parameters))} · {parameters['calibration']}"),
-    task_runner=task_runner(),
-    persist_result=False,
-    on_failure=[notify],
-    on_crashed=[notify],
+    **OPTIONS,
 )
 def audit(
     recipe: RecipeSource,

@@ -2,7 +2,6 @@
 
 import os
 import time
-import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,31 +17,14 @@ from flows.execution import Direct, Event, Planned, Recorder
 from flows.inputs import Inputs, check_model, identify
 from flows.plan import MADE, is_complete, plan
 from flows.record import Finished, FinishedSweep, Running
+from flows.server import configured_server, set_prefect_defaults
 from flows.sweep import Cell, CellResult, Tell, cells, found_words, run_cells
 from storage.artifacts import ArtifactStore
 from storage.durable import make_writable_folder
 from storage.errors import StorageError
 from tasks.progress import listening
 
-PREFECT_SETTINGS = {
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
-}
 Found = TypeVar("Found")
-
-
-def configured_server() -> str:
-    """Return the Prefect server of the environment or of the active Prefect profile; empty when there is none."""
-    if url := os.environ.get("PREFECT_API_URL"):
-        return url
-    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
-    try:
-        profiles = tomllib.loads((home / "profiles.toml").read_text(encoding="utf-8"))
-    except (FileNotFoundError, tomllib.TOMLDecodeError):
-        return ""
-    active = os.environ.get("PREFECT_PROFILE") or profiles.get("active", "")
-    return str(profiles.get("profiles", {}).get(active, {}).get("PREFECT_API_URL", ""))
 
 
 def execute(
@@ -174,8 +156,7 @@ def _found(state: Any, kind: type[Found]) -> Found:
 
 
 def _prepare_prefect(console: Console, *, verbose: bool) -> None:
-    for name, value in PREFECT_SETTINGS.items():
-        os.environ.setdefault(name, value)
+    set_prefect_defaults()
     if not configured_server():
         console.print("starting a temporary Prefect server (PREFECT_API_URL names a lasting one) …", highlight=False)
     if not verbose:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from covercal.errors import CovercalError
-from flows.run import PREFECT_SETTINGS, configured_server
+from covercal.errors import CovercalError, InputError
+from covercal.recipe import load_recipe
+from flows.server import configured_server, set_prefect_defaults
 
 HOST = "127.0.0.1"
 START_SECONDS = 120
@@ -27,16 +28,37 @@ def serve(recipes: Sequence[Path], console: Console, *, cron: str | None, port: 
 
     Raises
     ------
+    InputError
+        When a recipe or the time is wrong, or two recipes would have one name.
     CovercalError
         When the server does not start.
     """
-    for name, value in PREFECT_SETTINGS.items():
-        os.environ.setdefault(name, value)
+    _check(recipes, cron)
+    set_prefect_defaults()
     if configured_server():
         _serve(recipes, console, cron)
         return
     with local_server(port, console):
         _serve(recipes, console, cron)
+
+
+def _check(recipes: Sequence[Path], cron: str | None) -> None:
+    for recipe in recipes:
+        load_recipe(recipe)
+    names = [recipe.stem for recipe in recipes]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"Two recipes are called {twice}, and each is a deployment of its file's name; rename one.")
+    if cron is None:
+        return
+    from prefect.client.schemas.schedules import CronSchedule
+
+    try:
+        CronSchedule(cron=cron)
+    except ValueError as cause:
+        raise InputError(
+            f"--cron {cron!r} is no time; write minute, hour, day, month, weekday: '0 2 * * *'."
+        ) from cause
 
 
 def _serve(recipes: Sequence[Path], console: Console, cron: str | None) -> None:

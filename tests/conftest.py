@@ -12,7 +12,7 @@ os.environ["COVERCAL_CACHE"] = tempfile.mkdtemp(prefix="covercal-tests-")  # no 
 os.environ["COVERCAL_SETTINGS"] = tempfile.mkstemp(prefix="covercal-settings-")[1]  # and none reads the user's settings
 os.environ.pop("PREFECT_API_URL", None)
 
-from flows.run import PREFECT_SETTINGS
+from flows.server import PREFECT_SETTINGS
 from storage.artifacts import ArtifactStore
 
 os.environ.update(PREFECT_SETTINGS)

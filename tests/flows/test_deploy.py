@@ -44,6 +44,20 @@ def test_a_port_in_use_is_named() -> None:
             pass
 
 
+def test_what_cannot_be_served_is_named_before_anything_starts(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    one = write_recipe()
+    (tmp_path / "other").mkdir()
+    two = tmp_path / "other" / one.name
+    two.write_text(one.read_text())
+    console = Console()
+    with pytest.raises(InputError, match="There is no recipe file"):
+        serve.serve([tmp_path / "nowhere"], console, cron=None, port=1)
+    with pytest.raises(InputError, match="Two recipes are called recipe"):
+        serve.serve([one, two], console, cron=None, port=1)
+    with pytest.raises(InputError, match="--cron 'at night' is no time"):
+        serve.serve([one], console, cron="at night", port=1)
+
+
 @pytest.fixture
 def serving(write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """`covercal serve` with one recipe; yields the address of its API."""

@@ -14,6 +14,7 @@ from flows.execution import Recorder, Tracked
 from flows.sweep import Cell, CellResult, run_cells
 from storage.artifacts import ArtifactStore
 from tasks.cached import Build, cached
+from tests.end_to_end.services import until
 
 BUILDS: list[str] = []
 WAITING = threading.Event()
@@ -39,8 +40,7 @@ def test_what_two_threads_ask_for_at_the_same_time_is_one_task(store: ArtifactSt
         with ThreadPoolExecutor(3) as threads:
             words = ["one", "one", "two"]
             asked = [threads.submit(copy_context().run, tracked.run, w, build_slowly, word=w) for w in words]
-            while len(tracked._unfinished) < 2:
-                pass
+            until(lambda: len(tracked._unfinished) == 2, "both artifacts are asked for", 20)
             WAITING.set()
             found = [each.result() for each in asked]
         assert [each.decision for each in tracked.recorder.events].count("built") == 3
