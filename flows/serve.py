@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -33,22 +33,30 @@ def serve(recipes: Sequence[Path], console: Console, *, cron: str | None, port: 
     CovercalError
         When the server does not start.
     """
-    _check(recipes, cron)
+    _check_recipes(recipes)
     set_prefect_defaults()
-    if configured_server():
-        _serve(recipes, console, cron)
-        return
-    with local_server(port, console):
+    own = not configured_server()
+    if own:
+        os.environ["PREFECT_API_URL"] = _address(port)  # now: Prefect reads it once, when it is imported
+    _check_cron(cron)
+    with local_server(port, console) if own else nullcontext():
         _serve(recipes, console, cron)
 
 
-def _check(recipes: Sequence[Path], cron: str | None) -> None:
+def _address(port: int) -> str:
+    return f"http://{HOST}:{port}/api"
+
+
+def _check_recipes(recipes: Sequence[Path]) -> None:
     for recipe in recipes:
         load_recipe(recipe)
     names = [recipe.stem for recipe in recipes]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"Two recipes are called {twice}, and each is a deployment of its file's name; rename one.")
+
+
+def _check_cron(cron: str | None) -> None:
     if cron is None:
         return
     from prefect.client.schemas.schedules import CronSchedule
@@ -98,7 +106,7 @@ def local_server(port: int, console: Console) -> Iterator[None]:
     """
     if not _is_free(port):
         raise CovercalError(f"Port {port} is in use; `--port` names another, PREFECT_API_URL a running server.")
-    address = f"http://{HOST}:{port}/api"
+    address = _address(port)
     console.print(f"starting a Prefect server at {address} …", highlight=False)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
     # In a session of its own: Ctrl-C stops the runs first, and they have to say so to the server.
