@@ -14,6 +14,7 @@ from covercal.quantizers.regularization import ledoit_wolf_share, off_diagonal_s
 
 WIDE_CHANNELS = 8192  # above it, sums are kept in float32: a float64 matrix alone would take more than half a gigabyte
 PANEL_COLUMNS = 2048  # of a product that is made before it is added
+SYMMETRIC_COLUMNS = 256  # of one that is symmetric, of which only what is at and below these columns' diagonal is made
 VALIDATION_EVERY = 4  # every fourth sequence validates
 BINS_PER_OCTAVE = 32
 LOWEST_OCTAVE, HIGHEST_OCTAVE = -40, 24  # of |x|, for static activation ranges
@@ -95,6 +96,21 @@ class SiteStatistics:
     histogram: Tensor | None = None
     largest: float = math.nan
 
+    def single(self) -> "SiteStatistics":
+        """Return the statistics with all matrices in float32, which is what rounding computes in."""
+
+        def narrowed(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.float()
+
+        return replace(
+            self,
+            gram=narrowed(self.gram),
+            validation=narrowed(self.validation),
+            training=narrowed(self.training),
+            drift=narrowed(self.drift),
+            drift_energy=narrowed(self.drift_energy),
+        )
+
     def scaled(self, scale: Tensor) -> "SiteStatistics":
         """Return the statistics of inputs that are divided by a scale (channels,).
 
@@ -175,7 +191,7 @@ class SiteSums:
         if original is not None and self._drift is not None and self._drift_energy is not None:
             difference = original.float().reshape(flat.shape) - flat
             add_product(self._drift, difference, flat, weight)
-            add_product(self._drift_energy, difference, difference, weight)
+            add_square(self._drift_energy, difference, weight)
         self._weight += weight * flat.shape[0]
         self.sequences += x.shape[0]
         self.tokens += flat.shape[0]
@@ -184,6 +200,9 @@ class SiteSums:
         """Return the means of what was added; the sums become them, so that this is the end of adding."""
         whole = self._weight or 1.0
         total, validation = self._total, self._validation
+        for sums in (total, self._drift_energy):
+            if sums is not None:
+                mirror(sums)
         mean_square = concentration = share = math.nan
         if self._wanted.spread and total is not None and self._weight:
             mean_square, concentration = self._square / whole, self._weight_square / whole**2
@@ -231,7 +250,7 @@ class SiteSums:
         if total is None:
             return
         if not self._wanted.validation and not self._wanted.spread:
-            add_product(total, flat, flat, weight)
+            add_square(total, flat, weight)
             return
         for number, x in enumerate(by_sequence, start=first):
             product = x.T @ x
@@ -249,6 +268,22 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, weight: float) -> None:
     for start in range(0, b.shape[1], PANEL_COLUMNS):
         columns = slice(start, start + PANEL_COLUMNS)
         total[:, columns].add_(a.T @ b[:, columns], alpha=weight)
+
+
+def add_square(total: Tensor, x: Tensor, weight: float) -> None:
+    """Add weight * x^T x to the lower triangle of a sum (and to a part of the upper one); float32 products."""
+    for start in range(0, x.shape[1], SYMMETRIC_COLUMNS):
+        columns = slice(start, start + SYMMETRIC_COLUMNS)
+        total[start:, columns].add_(x[:, start:].T @ x[:, columns], alpha=weight)
+
+
+def mirror(matrix: Tensor) -> None:
+    """Write the lower triangle of a matrix over its upper one."""
+    for start in range(0, len(matrix), SYMMETRIC_COLUMNS):
+        end = start + SYMMETRIC_COLUMNS
+        block = matrix[start:end, start:end]
+        block.copy_(block.tril() + block.tril(-1).T)
+        matrix[start:end, end:] = matrix[end:, start:end].T
 
 
 def bin_values(device: torch.device) -> Tensor:

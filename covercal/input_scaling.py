@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from covercal.calibration import Calibration, expert_of
+from covercal.block_pass import expert_of
+from covercal.calibration import Calibration
 from covercal.decoder import DTYPES, Decoder, Site, linear_of, run_block
 from covercal.folding import Fold, apply_scale, find_folds
 from covercal.gram import SiteStatistics

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from covercal.calibration import Calibration, Memory, Tokens, advance, block_sums, start_calibration
+from covercal.calibration import Calibration, Memory, Tokens, block_sums, start_calibration
 from covercal.decoder import Decoder, Site
 from covercal.gram import SiteStatistics, Wanted
 from covercal.hidden_states import HiddenStates, aligned
@@ -175,13 +175,11 @@ def _sum_block(
     sites = decoder.block_sites(index)
     found = {site.order: kept(site) for site in sites}
     for calibration in running:
-        sums = block_sums(block, sites, calibration, wanted)
+        sums = block_sums(block, sites, calibration, wanted, advance=not last)
         for order in list(sums):
             added = _pool_site(sums.pop(order).statistics())
             before = found[order]
             found[order] = added if before is None else merged(before, added)
-        if not last:
-            advance(calibration, block, index, (), None)
     leaving = () if last else tuple(calibration.hidden.snapshot() for calibration in running)
     return PoolBlock(index, {order: site for order, site in found.items() if site is not None}, leaving)
 

@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -11,16 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from covercal.activations import quantize_inputs, static_scale
+from covercal.block_pass import BlockPass, expert_of
 from covercal.calibration import (
     IN_MEMORY,
     Calibration,
     Memory,
     Tokens,
-    advance,
-    advance_original,
     block_sums,
-    expert_of,
-    outputs_fit,
+    passes_fit,
     round_parameters,
     site_sums,
     start_calibration,
@@ -324,27 +323,37 @@ def _quantize_block(job: _Job, index: int, running: Calibration | None) -> Quant
     if settings.scaling.search != "none":
         scaled = scale_block(decoder, block, sites, seen, settings, job.storage_dtype, running)
         round_parameters(block, job.storage_dtype)
-    keep = running is not None and outputs_fit(block, sites, running, compares=job.compares)
-    if running is not None and original is not None and keep:
-        advance_original(original, sites, running)
-        original = None
-    finished: list[str] = []
     linears: list[QuantizedLinear] = []
     reports: list[LinearReport] = []
-    for site in sites:
-        release_freed()
-        how = scaled.get(site.order, ScaledSite())
-        statistics = _site_statistics(job, block, site, running, finished, original, seen.get(site.order), how.scale)
-        for linear, report in _quantize_site(job, block, site, statistics, how):
-            linears.append(linear)
-            reports.append(report)
-        finished += site.linears if keep else ()
     leaving: tuple[HiddenStates, ...] = ()
-    if running is not None and index + 1 < len(decoder.blocks):
-        advance(running, block, index, finished, original)
-        streams = (running.hidden, running.original) if job.compares else (running.hidden,)
-        leaving = tuple(stream.snapshot() for stream in streams)
+    with _passes(block, original, sites, running) as passes:
+        for site in sites:
+            release_freed()
+            how = scaled.get(site.order, ScaledSite())
+            statistics = _site_statistics(job, site, passes, seen.get(site.order), how.scale).single()
+            for linear, report in _quantize_site(job, block, site, statistics, how):
+                linears.append(linear)
+                reports.append(report)
+        if passes and index + 1 < len(decoder.blocks):
+            leaving = tuple(each.finish() for each in passes)
     return QuantizedBlock(index, tuple(linears), tuple(reports), _others(decoder, block, index, sites), leaving)
+
+
+@contextmanager
+def _passes(
+    block: nn.Module, original: nn.Module | None, sites: Sequence[Site], running: Calibration | None
+) -> Iterator[tuple[BlockPass, ...]]:
+    """Return the pass of the block, and that of the original model's where the two are compared; none to calibrate."""
+    if running is None:
+        yield ()
+        return
+    keep = passes_fit(block, sites, running, compares=original is not None)
+    with ExitStack() as stack:
+        passes = [stack.enter_context(BlockPass(block, sites, running.hidden, running.batches, keep=keep))]
+        if original is not None:
+            reference = BlockPass(original, sites, running.original, running.batches, keep=keep)
+            passes.append(stack.enter_context(reference))
+        yield tuple(passes)
 
 
 def _others(decoder: Decoder, block: nn.Module, index: int, sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -372,21 +381,18 @@ def _first_look(
 
 def _site_statistics(
     job: _Job,
-    block: nn.Module,
     site: Site,
-    running: Calibration | None,
-    finished: Sequence[str],
-    original: nn.Module | None,
+    passes: tuple[BlockPass, ...],
     seen: SiteStatistics | None,
     scale: Tensor | None,
 ) -> SiteStatistics:
     """Return what rounding a site reads of its inputs, which are divided by `scale` by now."""
     settings = job.settings
-    if running is None or not job.sequential:
+    if not passes or not job.sequential:
         if seen is None:
             seen = job.known(site) if settings.reads_inputs else SiteStatistics()
         return seen if scale is None else seen.scaled(scale)
-    found = site_sums(block, site, running, finished, wanted_sums(settings), original).statistics()
+    found = site_sums(site, *passes, wanted=wanted_sums(settings)).statistics()
     if not settings.reads_pool_gram and not settings.reads_statistics:
         return found
     known = job.known(site)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from covercal.calibration import expert_of
+from covercal.block_pass import expert_of
 from covercal.decoder import Decoder, Site, batches, token_tensor
 from covercal.errors import ActivationError
 from covercal.experts import Expert

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from covercal.errors import QuantizationError
+from covercal.quantizers.factor import is_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +182,7 @@ def grouped(weight: Tensor, group_size: int | None) -> Tensor:
     size = group_size or columns
     if columns % size:
         raise QuantizationError(f"a group size of {size} does not divide {columns} input channels")
-    if not torch.isfinite(weight).all():
+    if not is_finite(weight):
         raise QuantizationError("its weight holds NaN or infinity")
     return weight.reshape(rows, columns // size, size)
 

@@ -60,18 +60,27 @@ class Levels:
         width = columns // grid.scale.shape[1]
         return cls(grid.scale.T.contiguous(), grid.zero.T.contiguous(), grid.settings.top, width, turned)
 
-    def nearest(self, values: Tensor, column: int) -> Tensor:
-        """Return the nearest level of values of one column, (…, rows); halves go to the even code."""
+    def nearest(self, values: Tensor, column: int, out: Tensor | None = None) -> Tensor:
+        """Return the nearest level of values of one column, (…, rows); halves go to the even code.
+
+        Parameters
+        ----------
+        out
+            Where they are written; of the same shape.
+        """
         group = column // self.width
         scale, zero = self.scale[group], self.zero[group]
-        plain = (values / scale).add_(zero).round_().clamp_(0, self.top).sub_(zero).mul_(scale)
+        plain = torch.addcdiv(zero, values, scale, out=out).round_().clamp_(0, self.top).sub_(zero).mul_(scale)
         if self.salient is None:
             return plain
-        return torch.where(self.salient.mask[column], self.salient.nearest(values, group), plain)
+        return torch.where(self.salient.mask[column], self.salient.nearest(values, group), plain, out=out)
 
     def all_nearest(self, values: Tensor) -> Tensor:
         """Return the nearest levels of a whole turned matrix, (columns, rows)."""
-        return torch.stack([self.nearest(values[column], column) for column in range(values.shape[0])])
+        found = torch.empty_like(values)
+        for column in range(len(values)):
+            self.nearest(values[column], column, out=found[column])
+        return found
 
     def around(self, values: Tensor, column: int, count: int) -> tuple[Tensor, Tensor]:
         """Return the levels among which the `count` nearest to each value are, and whether each may be taken.

@@ -29,14 +29,14 @@ def refitted(target: Tensor, codes: Tensor, grid: Grid, gram: Tensor) -> Grid:
     """
     rows, groups = grid.scale.shape
     size = codes.shape[1] // groups
-    quadratic = codes.new_empty((rows, groups, groups))
-    linear = codes.new_empty((rows, groups))
+    quadratic = codes.new_empty((rows, groups, groups), dtype=torch.float64)  # systems of codes that are alike
+    linear = codes.new_empty((rows, groups), dtype=torch.float64)
     for group in range(groups):
         columns = slice(group * size, (group + 1) * size)
         outputs = codes[:, columns] @ gram[columns]
         linear[:, group] = (outputs * target).sum(dim=1)
         quadratic[:, group] = outputs.mul_(codes).reshape(rows, groups, size).sum(dim=2)
-    old = grid.scale.to(codes.dtype)
+    old = grid.scale.double()
     wanted = _solved(quadratic, linear)
     usable = torch.isfinite(wanted) & (wanted > old / LARGEST_CHANGE) & (wanted < old * LARGEST_CHANGE)
     new = representable(torch.where(usable, wanted, old), grid.settings.scale_dtype)

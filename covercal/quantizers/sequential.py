@@ -6,7 +6,7 @@ from torch import Tensor
 from covercal.quantizers.factor import Factor
 from covercal.quantizers.levels import Levels
 
-BLOCK_COLUMNS = 64
+BLOCK_COLUMNS = 128
 
 
 def round_sequentially(target: Tensor, factor: Factor, levels: Levels, drift: Tensor | None = None) -> Tensor:
@@ -44,11 +44,10 @@ def round_sequentially(target: Tensor, factor: Factor, levels: Levels, drift: Te
             wanted.addmm_(drift[end:, start:end].T, values[end:])
         for place in range(end - 1, start - 1, -1):
             value, later = wanted[place - start], wanted[: place - start]
-            found = levels.nearest(value, columns[place])
+            found = levels.nearest(value, columns[place], out=rounded[columns[place]])
             error = torch.sub(ordered[place - start], found, out=errors[place])
             later.addr_(lower[place, start:place], error)
             if drift is not None and values is not None:
                 values[place] = value
                 later.addr_(drift[place, start:place], value)
-            rounded[columns[place]] = found
     return rounded

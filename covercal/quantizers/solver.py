@@ -40,8 +40,8 @@ from covercal.quantizers.salient import salient_grid, salient_mask
 from covercal.quantizers.sequential import round_sequentially
 from covercal.quantizers.targets import carried_drift, corrected_target, mismatch, reachable_share
 
-SLAB_BYTES = 2**24  # of one float64 matrix of rows: rows are independent, so that only so many are worked on at once
-REPORTED_ROWS = 2048  # at most, evenly spaced, from which a weight's output error is told
+SLAB_WEIGHTS = 2**23  # rows are independent, so that only so many weights are worked on at once
+REPORTED_ROWS = 256  # at most, evenly spaced, from which a weight's output error is told
 NOTHING_HELD_OUT = "nothing was validated: too few sequences to hold some out, so that the first candidate was taken"
 VALIDATED_ROWS = 128  # rows on which regularisation is validated
 
@@ -413,7 +413,7 @@ def _alpha(weight: Tensor, job: _Job) -> float:
 
 def row_pieces(rows: Sequence[int], columns: int) -> Iterator[list[tuple[int, slice]]]:
     """Yield pieces, (weight, its rows), that together take a bounded amount of memory; rows are independent."""
-    limit = max(1, SLAB_BYTES // (8 * columns))
+    limit = max(1, SLAB_WEIGHTS // columns)
     pieces: list[tuple[int, slice]] = []
     room = limit
     for index, count in enumerate(rows):
@@ -447,7 +447,7 @@ def _squares(weight: Tensor, target: Tensor, rounded: Tensor, gram: Tensor | Non
     Float32 does for a report, and so do some rows: the outputs of many cost as much as rounding them.
     """
     error = weight - rounded
-    plain = torch.stack([error.square().sum(dtype=torch.float64), weight.square().sum(dtype=torch.float64)])
+    plain = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float64).square() for each in (error, weight)])
     if gram is None:
         return torch.cat([torch.zeros_like(plain), plain]).cpu()
     left, whole = (target - rounded)[some].float(), target[some].float()

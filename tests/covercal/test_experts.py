@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from covercal.calibration import IN_MEMORY, block_sums, expert_of, start_calibration
+from covercal.block_pass import expert_of
+from covercal.calibration import IN_MEMORY, block_sums, start_calibration
 from covercal.checkpoint import RECORD, CheckpointWriter, check_format
 from covercal.decoder import Decoder, Site, load_decoder, make_decoder, token_tensor
 from covercal.errors import InputError, QuantizationError
