@@ -71,6 +71,10 @@ class Grid:
         groups = codes.reshape(*self.scale.shape, -1).to(self.scale.dtype)
         return dequantize(groups, self.scale[..., None], self.zero[..., None]).reshape(codes.shape)
 
+    def to(self, dtype: torch.dtype) -> "Grid":
+        """Return the grid in the dtype of the weights that are rounded with it."""
+        return replace(self, scale=self.scale.to(dtype), zero=self.zero.to(dtype))
+
     def rows(self, rows: slice) -> "Grid":
         """Return the grid of some rows."""
         return replace(self, scale=self.scale[rows], zero=self.zero[rows])
@@ -162,7 +166,7 @@ def output_error(gram: Tensor, group_size: int | None) -> GroupError:
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Return the nearest codes, whole float64 numbers in [0, 2**bits); halves go to the even code."""
-    return torch.round(weight / scale + zero).clamp(0, 2**bits - 1)
+    return (weight / scale).add_(zero).round_().clamp_(0, 2**bits - 1)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -203,6 +207,7 @@ def representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _spanning(low: Tensor, high: Tensor, settings: GridSettings) -> Grid:
+    low, high = low.double(), high.double()
     if settings.symmetric:
         high = torch.maximum(high, -low)
         low = -high

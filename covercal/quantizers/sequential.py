@@ -9,7 +9,9 @@ from covercal.quantizers.levels import Levels
 BLOCK_COLUMNS = 128
 
 
-def round_sequentially(target: Tensor, factor: Factor, levels: Levels, drift: Tensor | None = None) -> Tensor:
+def round_sequentially(
+    target: Tensor, factor: Factor, levels: Levels, drift: Tensor | None = None, scratch: Tensor | None = None
+) -> Tensor:
     """Return the levels that keep the layer's output on the calibration inputs, column by column.
 
     Column j is rounded from w_j + the sum over the columns k before it of (w_k - q_k) lower[k, j], and with a drift
@@ -26,6 +28,8 @@ def round_sequentially(target: Tensor, factor: Factor, levels: Levels, drift: Te
         Static: made from the original weight, so that activation order keeps groups contiguous.
     drift
         (columns, columns) below the diagonal, at the factor's places: GPTAQ's correction, see `targets`.
+    scratch
+        To be written over, of as many entries as the target or more; memory that is used again costs less than new.
 
     Returns
     -------
@@ -33,8 +37,8 @@ def round_sequentially(target: Tensor, factor: Factor, levels: Levels, drift: Te
         (columns, rows).
     """
     lower, columns = factor.lower, factor.columns.tolist()
-    errors = torch.empty_like(target)  # at the factor's places, as are the values
-    values = torch.empty_like(target) if drift is not None else None
+    errors = torch.empty_like(target) if scratch is None else scratch[: target.numel()].view(target.shape)
+    values = torch.empty_like(target) if drift is not None else None  # as are errors, at the factor's places
     rounded = torch.empty_like(target)
     for end in range(len(columns), 0, -BLOCK_COLUMNS):
         start = max(end - BLOCK_COLUMNS, 0)

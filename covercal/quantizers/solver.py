@@ -202,11 +202,14 @@ class _Solver:
         That matrix, for polishing and for fitting scales; None when neither is asked for.
     drift
         GPTAQ's; None for other targets.
+    scratch
+        For `round_sequentially`, of one piece of rows.
     """
 
     factor: Factor
     gram: Tensor | None
     drift: Tensor | None
+    scratch: Tensor
 
 
 def _solver(
@@ -221,7 +224,8 @@ def _solver(
     damped = None
     if settings.rounding.polish or settings.ranges.refit:
         damped = regularized(gram, chosen.shrinkage, towards, factor.damping, weighting)
-    return _Solver(factor, damped, drift)
+    total = sum(weight.numel() for weight in weights)
+    return _Solver(factor, damped, drift, gram.new_empty(min(SLAB_WEIGHTS, total)))
 
 
 def _diagonals(
@@ -369,7 +373,7 @@ def _rounded(turned: Tensor, levels: Levels, solver: _Solver | None, settings: Q
     if rounding.kind == "beam":
         rounded = round_by_beam(turned, solver.factor, levels, rounding.width)
     elif rounding.kind == "sequential":
-        rounded = round_sequentially(turned, solver.factor, levels, solver.drift)
+        rounded = round_sequentially(turned, solver.factor, levels, solver.drift, solver.scratch)
     else:
         rounded = levels.all_nearest(turned)
     if solver.gram is None or not rounding.polish:
@@ -378,21 +382,19 @@ def _rounded(turned: Tensor, levels: Levels, solver: _Solver | None, settings: Q
 
 
 def _grid(weight: Tensor, statistics: SiteStatistics, settings: Quantization, grid_settings: GridSettings) -> Grid:
-    """Return the grid of float64 (rows, columns) weights."""
+    """Return the grid of weights (rows, columns), in their dtype."""
     ranges, clip = settings.ranges, settings.salient.clip if settings.salient.share else 1.0
     if ranges.search == "min_max":
-        return (
-            min_max_grid(weight, grid_settings)
-            if clip == 1.0
-            else searched_grid(weight, grid_settings, [clip], squared_error)
-        )
+        if clip == 1.0:
+            return min_max_grid(weight, grid_settings).to(weight.dtype)
+        return searched_grid(weight, grid_settings, [clip], squared_error).to(weight.dtype)
     factors = [clip * (1.0 - (1.0 - ranges.shrink) * step / ranges.steps) for step in range(ranges.steps + 1)]
     error: GroupError = squared_error
     if ranges.search == "weighted":
         error = weighted_error(_needed(statistics.gram, "a Gram matrix").diagonal(), settings.group_size)
     elif ranges.search == "output":
         error = output_error(_needed(statistics.gram, "a Gram matrix"), settings.group_size)
-    return searched_grid(weight, grid_settings, factors, error)
+    return searched_grid(weight, grid_settings, factors, error).to(weight.dtype)
 
 
 def _alpha(weight: Tensor, job: _Job) -> float:
@@ -447,7 +449,7 @@ def _squares(weight: Tensor, target: Tensor, rounded: Tensor, gram: Tensor | Non
     Float32 does for a report, and so do some rows: the outputs of many cost as much as rounding them.
     """
     error = weight - rounded
-    plain = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float64).square() for each in (error, weight)])
+    plain = torch.stack([torch.linalg.vector_norm(each).double().square() for each in (error, weight)])
     if gram is None:
         return torch.cat([torch.zeros_like(plain), plain]).cpu()
     left, whole = (target - rounded)[some].float(), target[some].float()

@@ -1,0 +1,226 @@
+"""Whole models: GPTQ and AWQ of SmolLM2-135M beside llm-compressor, GPTQModel and auto-round.
+
+`python -m benchmarks.whole POOL.jsonl.gz [--sides NAME ...] [--rounds 3] [--slow-rounds 1] [--output FILE]`
+
+The same 64 random samples of 256 tokens for all, 4 bits, groups of 64, asymmetric, and where a method has them 1%
+damping and activation order with static groups. The sides take turns, each round in a process of its own; seconds are
+those of quantising a loaded model in memory, nothing written. What each side's weights stand for is then scored by one
+evaluation: KL(original || quantised) and perplexity over 18 held-out sequences of 512 tokens, three of each of six
+domains. Peers whose round takes minutes have `--slow-rounds`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from benchmarks.environments import SCRIPTS, ask, interpreter
+from benchmarks.paper_tables import prepared
+from benchmarks.real_model import real_model_folder, report
+from covercal.decoder import load_decoder
+from covercal.evaluation import Tokens, mean_and_error, perplexity, reference_outputs, score
+from covercal.quantization_settings import Quantization
+from covercal.recipe import Recipe, parse_recipe, with_fields
+from flows.chain import run_chain
+from flows.execution import Direct, Recorder
+from flows.inputs import identify
+from flows.judging import text_samples
+from storage.artifacts import ArtifactStore
+from tasks.cached import open_store
+from tasks.identities import TokenizerIdentity
+from tasks.pool import sample_columns, sample_tokens
+from tasks.select import chosen_samples
+
+SAMPLES, BITS, GROUP = 64, 4, 64
+STORED = "float16"  # scales and all that is not quantised, as in most of the peers' checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One way to quantise: a method of a peer, or our own settings; `slow` sides run less often."""
+
+    name: str
+    peer: str
+    method: str
+    slow: bool = False
+
+
+SIDES = (
+    Side("covercal: gptq", "", "gptq"),
+    Side("llm-compressor: GPTQ", "llmcompressor", "gptq"),
+    Side("GPTQModel: GPTQ", "gptqmodel", "gptq", slow=True),
+    Side("covercal: awq", "", "awq"),
+    Side("llm-compressor: AWQ", "llmcompressor", "awq", slow=True),
+    Side("auto-round: AWQ", "autoround", "awq", slow=True),
+    Side("covercal: rtn", "", "rtn"),
+    Side("auto-round: 0 iterations", "autoround", "autoround-0"),
+    Side("auto-round: 0 iterations, searched ranges", "autoround", "autoround-0-neuqi"),
+    Side("covercal: covercal", "", "covercal"),
+    Side("auto-round: 200 iterations", "autoround", "autoround", slow=True),
+)
+
+
+def quantise_here(job: dict[str, Any]) -> None:
+    """Do as the scripts in `benchmarks/peers` do, with this project's own methods."""
+    sys.path.insert(0, str(SCRIPTS))
+    from common import peak_memory
+
+    from covercal.quantization import dequantized, quantize_blocks
+
+    torch.set_num_threads(job["threads"])
+    decoder = load_decoder(Path(job["model"]), "float32", torch.device("cpu"))
+    settings = Quantization(method=job["method"], bits=job["bits"], group_size=job["group_size"])
+    sequences = list(np.load(job["tokens"]))
+    started = time.perf_counter()
+    blocks = list(quantize_blocks(decoder, sequences, settings, STORED))
+    seconds, peak = time.perf_counter() - started, peak_memory()
+    dense = {name: value.clone() for name, value in decoder.model.state_dict().items() if name != "lm_head.weight"}
+    for block in blocks:
+        dense |= {name: value.clone() for name, value in block.others.items()}
+        dense |= {f"{each.name}.weight": dequantized(each, torch.float32) for each in block.linears}
+    save_file(dense, job["output"])
+    sys.stdout.write(json.dumps({"seconds": seconds, "peak_bytes": peak}) + "\n")
+
+
+def run_side(side: Side, job: dict[str, Any], pythons: dict[str, Path]) -> dict[str, Any]:
+    if side.peer:
+        return ask(pythons[side.peer], f"in_{side.peer}.py", job)
+    command = [sys.executable, "-m", "benchmarks.whole", "--here", json.dumps(job)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+class Judge:
+    """Scores weights that a side wrote.
+
+    Parameters
+    ----------
+    sequences, domains
+        The held-out text.
+    folder
+        Of the original model.
+    """
+
+    def __init__(self, sequences: Sequence[Tokens], domains: Sequence[str], folder: Path) -> None:
+        self._sequences, self._domains, self._folder = sequences, domains, folder
+        self._original = load_decoder(folder, "float32", torch.device("cpu"))
+        self._reference = reference_outputs(self._original, sequences, keep_hidden=True)
+
+    def scores(self, weights: Path) -> dict[str, dict[str, float]]:
+        """Return KL and perplexity over all sequences (`all`), and by domain."""
+        quantised = load_decoder(self._folder, "float32", torch.device("cpu"))
+        missing, unknown = quantised.model.load_state_dict(load_file(weights), strict=False)
+        if unknown or set(missing) - {"lm_head.weight"}:
+            raise RuntimeError(f"{weights} holds {unknown} and lacks {missing}")
+        found = score(quantised, self._original, self._sequences, self._reference.hidden)
+        groups = {"all": found}
+        for name in sorted(set(self._domains)):
+            groups[name] = [each for each, domain in zip(found, self._domains, strict=True) if domain == name]
+        return {
+            name: {"kl": mean_and_error([s.divergence for s in some])[0], "perplexity": perplexity(some)}
+            for name, some in groups.items()
+        }
+
+
+def inputs_of(recipe: Recipe, store: ArtifactStore) -> tuple[npt.NDArray[np.int32], Judge]:
+    """Return the calibration tokens (samples, length), and the judge."""
+    inputs, execution = identify(recipe, store), Direct(store, Recorder())
+    chain = run_chain(recipe, inputs, execution, until="selection")
+    tokens = sample_tokens(store, chain.pool)
+    chosen = chosen_samples(store, chain.selection, SAMPLES)
+    (text,) = text_samples(recipe, inputs, execution, TokenizerIdentity(inputs.model), chain.imported)
+    domains = sample_columns(store, text, "domain")["domain"]
+    judge = Judge(sample_tokens(store, text), domains, store.path(chain.imported))
+    return np.stack([tokens[sample] for sample in chosen]).astype(np.int32), judge
+
+
+def line_of(side: Side, found: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Return a side's line of the table; `ours` is the side above it that it is compared with."""
+    seconds = found["seconds"]
+    compared = "" if found is ours else f"{median(ours['seconds']) / median(seconds):.2f}"
+    worse = [name for name, each in ours["scores"].items() if each["kl"] > found["scores"][name]["kl"]]
+    all_scores = found["scores"]["all"]
+    return [
+        side.name,
+        f"{median(seconds):.0f} s ({min(seconds):.0f} to {max(seconds):.0f}; n = {len(seconds)})",
+        compared,
+        f"{all_scores['kl']:.4f}",
+        f"{all_scores['perplexity']:.2f}",
+        "" if found is ours else ", ".join(worse) or "none",
+        f"{found['peak_bytes'] / 1e9:.1f} GB",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pool", type=Path, nargs="?")
+    parser.add_argument("--sides", nargs="+", help="names; all when left out")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--slow-rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--here", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.here:
+        quantise_here(json.loads(given.here))
+        return
+    console, store = Console(stderr=True), open_store()
+    sides = [side for side in SIDES if given.sides is None or side.name in given.sides]
+    pythons = {side.peer: interpreter(side.peer, console) for side in sides if side.peer}
+    start = prepared(given.pool, None, store, console)
+    fields = {"selection.selector": "random", "selection.budget": SAMPLES, "selection.seed": 0}
+    tokens, judge = inputs_of(parse_recipe(with_fields(start, fields), Path("/")), store)
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        np.save(folder / "tokens.npy", tokens)
+        paths = {"model": real_model_folder(store), "tokens": folder / "tokens.npy", "output": folder / "dense.st"}
+        for number in range(max(given.rounds, given.slow_rounds)):
+            for side in sides:
+                if number >= (given.slow_rounds if side.slow else given.rounds):
+                    continue
+                job = {"method": side.method, "bits": BITS, "group_size": GROUP, "threads": given.threads}
+                said = run_side(side, job | {key: str(path) for key, path in paths.items()}, pythons)
+                mine = found.setdefault(side.name, said | {"seconds": [], "peak_bytes": said["peak_bytes"]})
+                mine["seconds"].append(said["seconds"])
+                if "scores" not in mine:
+                    mine["scores"] = judge.scores(paths["output"])
+                words = f"  {side.name}: {said['seconds']:.1f} s, KL {mine['scores']['all']['kl']:.4f}"
+                console.print(words, highlight=False, markup=False)
+    show(sides, found, given.output)
+
+
+def show(sides: Sequence[Side], found: dict[str, dict[str, Any]], output: Path | None) -> None:
+    """Print the table: each peer beside our side above it."""
+    lines, ours = [], None
+    for side in sides:
+        if not side.peer:
+            ours = found[side.name]
+        lines.append(line_of(side, found[side.name], ours or found[side.name]))
+    columns = [
+        "",
+        "median (least to most)",
+        "covercal / it",
+        "KL",
+        "perplexity",
+        "domains where covercal's KL is higher",
+    ]
+    title = f"SmolLM2-135M, W{BITS} g{GROUP}, {SAMPLES} samples x 256 tokens"
+    report(title, [*columns, "peak memory"], lines, {"sides": found}, output)
+
+
+if __name__ == "__main__":
+    main()
