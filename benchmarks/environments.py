@@ -1,6 +1,7 @@
 """Virtual environments of the libraries that benchmarks compare with, each made on first use, none ever imported."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from rich.console import Console
 from tasks.cached import open_store
 
 SCRIPTS = Path(__file__).parent / "peers"
+OWN_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # set for this project's processes by `flows`, not for others
 TORCH = "torch==2.13.0"  # first: looser requests may fetch builds for accelerators
 OURS = ["transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0", "safetensors==0.8.0", "numpy==2.4.6"]
 GPTQMODEL_NEEDS = [
@@ -63,7 +65,8 @@ def ask(python: Path, script: str, job: dict[str, Any]) -> dict[str, Any]:
         With the end of what it said, when it fails.
     """
     command = [str(python), str(SCRIPTS / script), json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name not in OWN_SETTINGS}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"{script} failed:\n{done.stderr[-4000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -1,13 +1,14 @@
 """The structure of the tables of COVERCAL (arXiv 2604.24008) on the real model, for plain and shrunk Gram matrices.
 
 `python -m benchmarks.paper_tables POOL.jsonl.gz [--bits 3 4] [--shrinkage 0 0.3] [--budgets 8 16 32 64 128]
-[--pools 5] [--seeds 1] [--cached-only] [--output FOLDER]`
+[--pools 5] [--seeds 1] [--cached-only] [--given FILE] [--output FOLDER]`
 
 A cell is one choice from one pool of 512 sequences of 256 tokens; `--pools` such pools are drawn, and every selector,
 random choice too, meets each, so that selectors are compared pool by pool. The main number is the KL divergence of the
 original to the quantised model on held-out text, in nats per token, over 18 sequences of 512 tokens.
 Cells come from the artifact store where it has them; with `--cached-only` no model is run: tables hold what is there.
-Writes `tables.md`, `tables.json` and `budgets.png`.
+Cells of the budget curve that `--given`, a `tables.json` of an earlier run, holds are taken from there instead; of its
+tables those stay that have more lines than the new ones. Writes `tables.md`, `tables.json` and `budgets.png`.
 """
 
 import argparse
@@ -114,20 +115,39 @@ def base(folder: Path, model: Path) -> Recipe:
 class Cells:
     """Runs cells, or finds the finished ones."""
 
-    def __init__(self, recipe: Recipe, store: ArtifactStore, cached_only: bool, console: Console) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        store: ArtifactStore,
+        cached_only: bool,
+        console: Console,
+        given: Sequence[dict[str, Any]] = (),
+    ) -> None:
         self.recipe, self.store, self._cached_only, self._console = recipe, store, cached_only, console
         self._found: dict[str, CellResult] = {}
+        self._given = {json.dumps(cell["fields"], sort_keys=True): cell["kl"] for cell in given if not cell["error"]}
 
     def results(self, axes: dict[str, Sequence[Any]]) -> list[CellResult]:
         """Return what every combination of the axes gave."""
         swept = self.recipe.model_copy(update={"sweep": {name: list(values) for name, values in axes.items()}})
-        wanted = [cell for cell in cells(swept) if not self._cached_only or is_cached(cell.recipe, self.store)]
+        every = [cell for cell in cells(swept) if not self._take_given(cell)]
+        fresh = [cell for cell in every if not self._cached_only or is_cached(cell.recipe, self.store)]
+        wanted = [cell for cell in cells(swept) if self._key(cell) in self._found or cell in fresh]
         new = [cell for cell in wanted if self._key(cell) not in self._found]
         found = run_cells(new, self.store, lambda cell: Direct(self.store, Recorder()), self._tell)
         for cell, result in zip(new, found, strict=True):
             self._found[self._key(cell)] = result
         results = [(cell, self._found[self._key(cell)]) for cell in wanted]
         return [CellResult(cell.fields, r.measures, r.quantization, r.scores, r.error) for cell, r in results]
+
+    def _take_given(self, cell: Cell) -> bool:
+        """Return whether a cell was found before, or is among the given ones; those become found."""
+        key = self._key(cell)
+        number = self._given.get(json.dumps(cell.fields, sort_keys=True))
+        if key not in self._found and number is not None:
+            scores = [{"text": "heldout", "kind": "divergence", "run": {"divergence": number}}]
+            self._found[key] = CellResult(cell.fields, scores=scores)
+        return key in self._found
 
     def chain(self, fields: dict[str, Any], until: str = "evaluation") -> tuple[Recipe, Chain] | None:
         """Return the artifacts of one cell; None where it is not finished and must not be made."""
@@ -181,7 +201,7 @@ def methods_table(found: list[CellResult], budget: int) -> Markdown:
     """Return all selectors at one budget with KL, agreement and perplexity (the paper's main table)."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for each in found:
-        if not each.error:
+        if not each.error and "perplexity" in each.scores[0]["run"]:  # given cells have the main number alone
             fields = each.fields
             name = tuple(fields[n] for n in ("quantization.bits", "quantization.shrinkage", "selection.selector"))
             groups.setdefault(name, []).append(each.scores[0]["run"])
@@ -307,6 +327,15 @@ def tables(made: Cells, wanted: Wanted) -> tuple[list[Markdown], list[CellResult
     return [table for table in made_tables if table.lines], grid
 
 
+def longer(tables: Sequence[Markdown], given: Sequence[Markdown]) -> list[Markdown]:
+    """Return every table, of two with one title that with more lines."""
+    found = {table.title: table for table in given}
+    for table in tables:
+        if len(table.lines) >= len(found.get(table.title, table).lines):
+            found[table.title] = table
+    return list(found.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pool", type=Path)
@@ -317,13 +346,17 @@ def main() -> None:
     parser.add_argument("--pools", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=1, help="random choices from each pool")
     parser.add_argument("--cached-only", action="store_true")
+    parser.add_argument("--given", type=Path, help="`tables.json` of an earlier run")
     parser.add_argument("--output", type=Path, default=Path("paper_tables"))
     given = parser.parse_args()
     console = Console(stderr=True)
     store = open_store()
     wanted = Wanted(given.bits, given.shrinkage, given.budgets, given.pools, given.seeds, given.cached_only)
-    made = Cells(prepared(given.pool, given.model, store, console), store, wanted.cached_only, console)
+    earlier = json.loads(given.given.read_bytes()) if given.given else {"cells": [], "tables": []}
+    recipe = prepared(given.pool, given.model, store, console)
+    made = Cells(recipe, store, wanted.cached_only, console, earlier["cells"])
     found, grid = tables(made, wanted)
+    found = longer(found, [Markdown(**table) for table in earlier["tables"]])
     given.output.mkdir(parents=True, exist_ok=True)
     text = "\n".join(map(str, found))
     (given.output / "tables.md").write_text(text, encoding="utf-8")

@@ -39,6 +39,12 @@ def machine() -> dict[str, Any]:
     return {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
+def peak_memory() -> int:
+    """Return the greatest resident memory of this process in bytes (`ru_maxrss` may be that of its parent)."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
+
+
 def report(title: str, columns: list[str], rows: list[list[Any]], value: dict[str, Any], output: Path | None) -> None:
     """Print a table, and write `value` as JSON where `output` says."""
     table = Table(title=title, title_justify="left")

@@ -27,9 +27,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from benchmarks.environments import SCRIPTS, ask, interpreter
+from benchmarks.environments import ask, interpreter
 from benchmarks.paper_tables import prepared
-from benchmarks.real_model import real_model_folder, report
+from benchmarks.real_model import peak_memory, real_model_folder, report
 from covercal.decoder import load_decoder
 from covercal.evaluation import Tokens, mean_and_error, perplexity, reference_outputs, score
 from covercal.quantization_settings import Quantization
@@ -75,9 +75,6 @@ SIDES = (
 
 def quantise_here(job: dict[str, Any]) -> None:
     """Do as the scripts in `benchmarks/peers` do, with this project's own methods."""
-    sys.path.insert(0, str(SCRIPTS))
-    from common import peak_memory
-
     from covercal.quantization import dequantized, quantize_blocks
 
     torch.set_num_threads(job["threads"])
