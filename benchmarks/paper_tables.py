@@ -241,7 +241,7 @@ def ablation_table(made: Cells, field: str, values: Sequence[Any], wanted: Wante
     axes = {"outliers." + field: values, **settings(wanted), "selection.budget": [ABLATED]}
     lines = []
     for each in made.results(axes):
-        if each.error:
+        if each.error or not each.measures:  # given cells have the main number alone
             continue
         channels = f"{each.measures['outlier_channels']:,}"
         what = [each.fields[f"quantization.{name}"] for name in ("bits", "shrinkage")]
