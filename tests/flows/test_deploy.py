@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -70,10 +71,14 @@ def serving(write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.Monke
     port = free_port()
     recipe = write_recipe(evaluation={"divergence": []})
     command = [sys.executable, "-m", "flows.cli", "serve", str(recipe), "--cron", "0 2 * * *", "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        yield f"http://127.0.0.1:{port}/api"
-        process.send_signal(signal.SIGINT)  # as Ctrl-C does
-        said, _ = process.communicate(timeout=60)
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts with & ignores Ctrl-C
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=hears) as process:
+        try:
+            yield f"http://127.0.0.1:{port}/api"
+            process.send_signal(signal.SIGINT)  # as Ctrl-C does
+            said, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()  # or the end of `with` would wait for it for ever
     assert b"Traceback" not in said, said.decode()
     assert b"temporary server" not in said, "Prefect did not learn of the server that was started"
     with socket.socket() as tried:
