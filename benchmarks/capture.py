@@ -8,15 +8,13 @@ loads the model and runs one batch.
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from benchmarks.real_model import peak_memory, real_model_folder, report
+from benchmarks.real_model import in_a_process, peak_memory, real_model_folder, report
 from covercal.decoder import Decoder, batches, load_decoder, token_tensor
 from covercal.evaluation import Tokens
 from covercal.pool import Counts, pack, unique_documents
@@ -66,9 +64,7 @@ def round_of(decoder: Decoder, sequences: list[Tokens], number: int) -> tuple[fl
 
 def peak(what: str, tokens: int) -> int:
     """Return the greatest resident memory, in bytes, of a process that runs one batch, or captures all tokens."""
-    command = [sys.executable, "-m", "benchmarks.capture", "--peak", what, "--tokens", str(tokens)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return int(json.loads(done.stdout.splitlines()[-1]))
+    return int(in_a_process("capture", "--peak", what, "--tokens", str(tokens)))
 
 
 def take_memory(what: str, tokens: int) -> None:

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -124,9 +123,7 @@ def show(
         for stage in found["stages"]:
             if stage["seconds"] >= 0.5 or (found is again and stage["stage"].split()[0] in early):
                 rows.append([f"{title}: {stage['stage']}", f"{stage['seconds']:.2f} s", stage["decision"]])
-    rows.append(
-        [f"again with {budget} samples", f"{again['seconds']:.1f} s", f"{mean([again['seconds'] / limit]):.2f} x"]
-    )
+    rows.append([f"again with {budget} samples", f"{again['seconds']:.1f} s", f"{again['seconds'] / limit:.2f} x"])
     choosing = sum(s["seconds"] for s in again["stages"] if s["stage"].split()[0] in early)
     rows.append(["· pool, statistics, outliers and selection", f"{choosing:.2f} s", "to reach: 1 s"])
     value = {"method": method, "limits": limits, "limit": limit, "cold": cold, "again": again, "choosing": choosing}

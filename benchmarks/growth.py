@@ -14,7 +14,6 @@ size, fixed costs (imports, loading) taken off by measuring the work alone: 1 is
 import argparse
 import json
 import math
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.memory import quantise, write_checkpoint
-from benchmarks.real_model import peak_memory, report
+from benchmarks.real_model import in_a_process, peak_memory, report
 from benchmarks.thresholds import make_statistics
 from storage.artifacts import ArtifactStore
 
@@ -92,9 +91,7 @@ WORK: dict[str, Callable[[int, Path], float]] = {
 
 def measured(what: str, size: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="covercal-growth-") as folder:
-        command = [sys.executable, "-m", "benchmarks.growth", "--measure", what, str(size), folder]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+        return dict(in_a_process("growth", "--measure", what, str(size), folder))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,13 @@ def peak_memory() -> int:
     """Return the greatest resident memory of this process in bytes (`ru_maxrss` may be that of its parent)."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
+
+
+def in_a_process(module: str, *arguments: str, **environment: str) -> Any:
+    """Run a benchmark's own part in a process of its own; returns the JSON of its last line."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def report(title: str, columns: list[str], rows: list[list[Any]], value: dict[str, Any], output: Path | None) -> None:

@@ -10,8 +10,6 @@ a process of its own that does not count loading the libraries.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.real_model import real_model_folder, report
+from benchmarks.real_model import in_a_process, real_model_folder, report
 from storage.artifacts import ArtifactStore
 from tasks.cached import open_store
 
@@ -88,10 +86,7 @@ def quantise(job: dict[str, Any]) -> None:
 
 
 def child(job: dict[str, Any]) -> float:
-    command = [sys.executable, "-m", "benchmarks.requantise", "--job", json.dumps(job)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(job["threads"])}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    return float(in_a_process("requantise", "--job", json.dumps(job), OMP_NUM_THREADS=str(job["threads"])))
 
 
 def main() -> None:

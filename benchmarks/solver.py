@@ -10,7 +10,6 @@ runs is not counted.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,8 +21,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.environments import ask, interpreter
-from benchmarks.real_model import report
+from benchmarks.environments import SCRIPTS, ask, interpreter
+from benchmarks.real_model import in_a_process, report
 
 PEERS = ("llmcompressor", "gptqmodel")
 OWN = "covercal"
@@ -46,7 +45,7 @@ def write_inputs(path: Path, rows: int, columns: int) -> None:
 
 def own(job: dict[str, Any]) -> None:
     """Do as the scripts in `benchmarks/peers` do, with this project's solver."""
-    sys.path.insert(0, str(Path(__file__).parent / "peers"))
+    sys.path.insert(0, str(SCRIPTS))
     from linear import run
 
     from covercal.gram import SiteStatistics
@@ -69,9 +68,7 @@ def own(job: dict[str, Any]) -> None:
 def round_of(side: str, job: dict[str, Any], pythons: dict[str, Path]) -> list[float]:
     if side != OWN:
         return list(ask(pythons[side], f"linear_{side}.py", job)["seconds"][1:])
-    command = [sys.executable, "-m", "benchmarks.solver", "--own", json.dumps(job)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return list(json.loads(done.stdout.splitlines()[-1])["seconds"][1:])
+    return list(in_a_process("solver", "--own", json.dumps(job))["seconds"][1:])
 
 
 def loss(inputs: Path, output: Path) -> float:

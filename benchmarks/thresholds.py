@@ -1,4 +1,4 @@
-"""Statistics on disk: writing and reading them beside a plain memory map, and making thresholds and coverage of them.
+"""Thresholds, outlier channels and coverage matrix from statistics on disk, beside reading those statistics once.
 
 `python -m benchmarks.thresholds [--samples 10000] [--sites 32] [--width 4096] [--folder FOLDER] [--output FILE]`
 

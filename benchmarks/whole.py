@@ -11,7 +11,6 @@ domains. Peers whose round takes minutes have `--slow-rounds`.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.environments import ask, interpreter
 from benchmarks.paper_tables import prepared
-from benchmarks.real_model import peak_memory, real_model_folder, report
+from benchmarks.real_model import in_a_process, peak_memory, real_model_folder, report
 from covercal.decoder import load_decoder
 from covercal.evaluation import Tokens, mean_and_error, perplexity, reference_outputs, score
 from covercal.quantization_settings import Quantization
@@ -95,9 +94,7 @@ def quantise_here(job: dict[str, Any]) -> None:
 def run_side(side: Side, job: dict[str, Any], pythons: dict[str, Path]) -> dict[str, Any]:
     if side.peer:
         return ask(pythons[side.peer], f"in_{side.peer}.py", job)
-    command = [sys.executable, "-m", "benchmarks.whole", "--here", json.dumps(job)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return dict(in_a_process("whole", "--here", json.dumps(job)))
 
 
 class Judge:

@@ -15,7 +15,7 @@ from covercal.experts import Expert
 from covercal.hidden_states import HiddenStates
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Calibration sequences of one length.
 
@@ -126,9 +126,9 @@ class BlockPass:
         return self._stream.snapshot()
 
     def _run(self, batch: Batch) -> "_Running":
-        waiting = self._waiting.pop(batch.number, None)
-        index = self._sites[0].block
-        return waiting or _Running(self._block, self._stream[batch.number], batch.arguments[index])
+        if batch.number in self._waiting:
+            return self._waiting.pop(batch.number)
+        return _Running(self._block, self._stream[batch.number], batch.arguments[self._sites[0].block])
 
 
 class _Running(greenlet):

@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-DAMPING = 0.01
-
 
 def read_job() -> dict[str, Any]:
     """Read the only argument and set the number of threads; has to run before torch is imported."""

@@ -11,7 +11,8 @@ from contextlib import chdir
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from linear import DAMPING, read_job, run
+from common import DAMPING
+from linear import read_job, run
 
 if TYPE_CHECKING:
     import torch

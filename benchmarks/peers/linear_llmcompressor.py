@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from linear import DAMPING, read_job, run
+from common import DAMPING
+from linear import read_job, run
 
 if TYPE_CHECKING:
     import torch

@@ -44,9 +44,9 @@ class Grid:
     Attributes
     ----------
     scale
-        float64 (rows, groups), each representable in the checkpoint's dtype.
+        (rows, groups), each representable in the checkpoint's dtype; float64 until `to`.
     zero
-        float64 (rows, groups), whole numbers in [0, 2**bits).
+        (rows, groups), whole numbers in [0, 2**bits).
     settings
         What it was made from.
     """
@@ -165,7 +165,7 @@ def output_error(gram: Tensor, group_size: int | None) -> GroupError:
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Return the nearest codes, whole float64 numbers in [0, 2**bits); halves go to the even code."""
+    """Return the nearest codes, whole numbers in [0, 2**bits); halves go to the even code."""
     return (weight / scale).add_(zero).round_().clamp_(0, 2**bits - 1)
 
 

@@ -35,7 +35,7 @@ class Levels:
     Attributes
     ----------
     scale, zero
-        float64 (groups, rows): value = (code - zero) * scale, codes in [0, top].
+        (groups, rows), in the dtype of the weights: value = (code - zero) * scale, codes in [0, top].
     top
         Largest code.
     width

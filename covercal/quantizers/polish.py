@@ -16,9 +16,9 @@ def polish(target: Tensor, rounded: Tensor, gram: Tensor, levels: Levels, order:
     Parameters
     ----------
     target, rounded
-        float64 (columns, rows).
+        (columns, rows).
     gram
-        float64 (columns, columns), positive on the diagonal.
+        (columns, columns), positive on the diagonal.
     levels
         What each weight may become.
     order

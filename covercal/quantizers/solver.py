@@ -40,7 +40,7 @@ from covercal.quantizers.salient import salient_grid, salient_mask
 from covercal.quantizers.sequential import round_sequentially
 from covercal.quantizers.targets import carried_drift, corrected_target, mismatch, reachable_share
 
-SLAB_WEIGHTS = 2**23  # rows are independent, so that only so many weights are worked on at once
+SLAB_WEIGHTS = 2**22  # rows are independent, so that only so many weights are worked on at once
 REPORTED_ROWS = 256  # at most, evenly spaced, from which a weight's output error is told
 NOTHING_HELD_OUT = "nothing was validated: too few sequences to hold some out, so that the first candidate was taken"
 VALIDATED_ROWS = 128  # rows on which regularisation is validated

@@ -100,6 +100,18 @@ def test_held_passes_compute_every_linear_once(monkeypatch: pytest.MonkeyPatch) 
     assert counts == {linear_of(block, n): len(running.batches) for site in sites for n in site.linears}
 
 
+def test_a_pass_that_ended_before_a_site_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = make_decoder(tiny_model())
+    running, block, sites = calibration(decoder), decoder.own_block(0), decoder.block_sites(0)
+    never = Site(0, len(sites), ("self_attn.q_proj",), sites[0].channels)  # behind all others
+    calls: list[nn.Module] = []
+    block.register_forward_pre_hook(lambda module, _: calls.append(module))
+    with BlockPass(block, sites, running.hidden, running.batches, keep=True) as passing:
+        assert not list(passing.inputs(never))
+        passing.finish()
+    assert len(calls) == len(running.batches)
+
+
 @both_ways
 def test_a_hook_that_is_added_while_a_site_waits_is_heard(keep: bool) -> None:
     decoder = make_decoder(tiny_model())

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from covercal import gram
 from covercal.gram import BINS_PER_OCTAVE, SiteStatistics, SiteSums, Wanted, bin_values
 
 CPU = torch.device("cpu")
@@ -48,6 +49,23 @@ def test_the_gram_matrix_is_the_mean_over_tokens_of_the_products(
     parts = [inputs(seed + i, count, length, channels) for i, (count, length) in enumerate(shapes)]
     tokens = sum(count * length for count, length in shapes)
     close(summed(parts).gram, sum(map(products, parts)) / tokens)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize("wanted", [Wanted(drift=True), EVERYTHING])
+def test_panels_of_a_symmetric_sum_make_the_whole(
+    channels: int, wanted: Wanted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gram, "SYMMETRIC_COLUMNS", 4)
+    sums = SiteSums(channels, CPU, wanted)
+    x, original = inputs(1, 5, 7, channels), inputs(2, 5, 7, channels)
+    sums.add(x, original=original)
+    found = sums.statistics()
+    close(found.gram, products(x) / 35)
+    close(found.drift_energy, products(original - x) / 35)
+    for matrix in (found.gram, found.drift_energy):
+        assert matrix is not None
+        assert torch.equal(matrix, matrix.T)
 
 
 def test_sequences_tokens_and_weight_are_counted() -> None:

@@ -859,3 +859,14 @@ def test_neither_weights_nor_statistics_are_changed(name: str) -> None:
     assert torch.equal(weight, weights(16, 8)[0])
     for part in ("gram", "validation", "training", "magnitude", "drift", "drift_energy", "pool_energy"):
         assert torch.equal(getattr(known, part), getattr(fresh, part))
+
+
+# --- float32 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptaq", "coreq", "sarqc_gbs", "cached", "covercal"])
+def test_float32_rounds_nearly_all_weights_as_float64_and_as_well(method: str) -> None:
+    (weight,), known = weights(21, 96, columns=128), measured(21, columns=128)
+    double, single = (only(weight.float(), each, chosen(method, group_size=32)) for each in (known, known.single()))
+    assert float((double.codes == single.codes).double().mean()) > 0.99
+    assert single.output_error == pytest.approx(double.output_error, rel=0.01)
