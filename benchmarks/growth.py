@@ -47,7 +47,7 @@ def grow_samples(count: int, folder: Path) -> float:
     from tests import tiny
 
     model = tiny.save_model(folder / "model")
-    documents = [json.dumps({"text": tiny.text(seed, "web", 400)}) for seed in range(1 + 40 * count // 128)]
+    documents = [json.dumps({"text": tiny.text(seed, "animals", 400)}) for seed in range(1 + 40 * count // 128)]
     (folder / "pool.jsonl").write_text("\n".join(documents) + "\n", encoding="utf-8")
     value = {
         "model": {"source": str(model), "dtype": "float32"},
