@@ -93,16 +93,17 @@ def start_calibration(
     found: list[Batch] = []
     first = 0
     with decoder.around():
-        for members in batches(sequences, limit):
-            tokens = token_tensor([sequences[m] for m in members], decoder.device)
-            with rounded_outside_blocks(decoder, storage_dtype):
+        with rounded_outside_blocks(decoder, storage_dtype):
+            for members in batches(sequences, limit):
+                tokens = token_tensor([sequences[m] for m in members], decoder.device)
                 entering, arguments = block_inputs(decoder, tokens)
-            hidden.append(entering)
-            if compares:
-                original.append(block_inputs(decoder, tokens)[0])
-            weight = longest / tokens.shape[1] if by_sequence else 1.0
-            found.append(Batch(len(found), first, (tokens.shape[0], tokens.shape[1]), weight, arguments))
-            first += len(members)
+                hidden.append(entering)
+                weight = longest / tokens.shape[1] if by_sequence else 1.0
+                found.append(Batch(len(found), first, (tokens.shape[0], tokens.shape[1]), weight, arguments))
+                first += len(members)
+        for members in batches(sequences, limit) if compares else ():
+            tokens = token_tensor([sequences[m] for m in members], decoder.device)
+            original.append(block_inputs(decoder, tokens)[0])
     return Calibration(found, hidden, original)
 
 

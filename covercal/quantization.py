@@ -33,6 +33,8 @@ from covercal.memory import release_freed
 from covercal.quantization_settings import Dtype, Quantization
 from covercal.quantizers.solver import Solved, SolvedSite, solve_site
 
+WIDE_CHANNELS = 2048  # memory that was freed is given back before a site so wide is summed, and before it is solved
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLinear:
@@ -328,9 +330,13 @@ def _quantize_block(job: _Job, index: int, running: Calibration | None) -> Quant
     leaving: tuple[HiddenStates, ...] = ()
     with _passes(block, original, sites, running) as passes:
         for site in sites:
-            release_freed()
+            wide = site.channels >= WIDE_CHANNELS
+            if wide or site is sites[0]:
+                release_freed()
             how = scaled.get(site.order, ScaledSite())
             statistics = _site_statistics(job, site, passes, seen.get(site.order), how.scale).single()
+            if wide:
+                release_freed()
             for linear, report in _quantize_site(job, block, site, statistics, how):
                 linears.append(linear)
                 reports.append(report)

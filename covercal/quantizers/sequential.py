@@ -6,7 +6,8 @@ from torch import Tensor
 from covercal.quantizers.factor import Factor
 from covercal.quantizers.levels import Levels
 
-BLOCK_COLUMNS = 128
+BLOCK_COLUMNS = 512  # whose sums over the columns before them are made at once
+PANEL_COLUMNS = 32  # and within a block
 
 
 def round_sequentially(
@@ -38,20 +39,27 @@ def round_sequentially(
     """
     lower, columns = factor.lower, factor.columns.tolist()
     errors = torch.empty_like(target) if scratch is None else scratch[: target.numel()].view(target.shape)
-    values = torch.empty_like(target) if drift is not None else None  # as are errors, at the factor's places
+    values = None if drift is None else torch.empty_like(target)  # as are errors, at the factor's places
+    made_good = [(lower, errors)] if drift is None or values is None else [(lower, errors), (drift, values)]
     rounded = torch.empty_like(target)
     for end in range(len(columns), 0, -BLOCK_COLUMNS):
         start = max(end - BLOCK_COLUMNS, 0)
-        ordered = target[factor.columns[start:end]]
-        wanted = torch.addmm(ordered, lower[end:, start:end].T, errors[end:])
-        if drift is not None and values is not None:
-            wanted.addmm_(drift[end:, start:end].T, values[end:])
-        for place in range(end - 1, start - 1, -1):
-            value, later = wanted[place - start], wanted[: place - start]
-            found = levels.nearest(value, columns[place], out=rounded[columns[place]])
-            error = torch.sub(ordered[place - start], found, out=errors[place])
-            later.addr_(lower[place, start:place], error)
-            if drift is not None and values is not None:
-                values[place] = value
-                later.addr_(drift[place, start:place], value)
+        wanted = ordered = target[factor.columns[start:end]]
+        for shares, those in made_good:
+            wanted = torch.addmm(wanted, shares[end:, start:end].T, those[end:])
+        found = torch.empty_like(ordered)
+        for stop in range(end, start, -PANEL_COLUMNS):
+            first = max(stop - PANEL_COLUMNS, start)
+            panel = wanted[first - start : stop - start]
+            for shares, those in made_good:
+                panel.addmm_(shares[stop:end, first:stop].T, those[stop:end])
+            for place in range(stop - 1, first - 1, -1):
+                value, later = panel[place - first], panel[: place - first]
+                nearest = levels.nearest(value, columns[place], out=found[place - start])
+                torch.sub(ordered[place - start], nearest, out=errors[place])
+                if values is not None:
+                    values[place] = value
+                for shares, those in made_good:
+                    later.addr_(shares[place, first:place], those[place])
+        rounded[factor.columns[start:end]] = found
     return rounded

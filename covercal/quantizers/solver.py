@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,11 @@ from covercal.quantizers.salient import salient_grid, salient_mask
 from covercal.quantizers.sequential import round_sequentially
 from covercal.quantizers.targets import carried_drift, corrected_target, mismatch, reachable_share
 
-SLAB_WEIGHTS = 2**22  # rows are independent, so that only so many weights are worked on at once
+# Rows are independent: so many weights at least and at most are worked on at once, between them as many as a site's two
+# matrices leave of what it may hold, with six copies of the weights.
+SLAB_WEIGHTS = 2**22, 2**23
+SLAB_COPIES = 6
+SITE_ENTRIES = 2**28
 REPORTED_ROWS = 256  # at most, evenly spaced, from which a weight's output error is told
 NOTHING_HELD_OUT = "nothing was validated: too few sequences to hold some out, so that the first candidate was taken"
 VALIDATED_ROWS = 128  # rows on which regularisation is validated
@@ -128,30 +132,12 @@ def solve_site(
     found = _regularization(weights, statistics, settings, grid_settings) if settings.rounds else None
     solver = _solver(weights, statistics, settings, found) if found is not None else None
     job = _Job(statistics, settings, grid_settings, solver)
-    masks = [_mask(weight, settings) for weight in weights]
-    alphas = [_alpha(weight, job) for weight in weights]
-    parts: list[list[Solved]] = [[] for _ in weights]
-    errors = [torch.zeros(4, dtype=torch.float64) for _ in weights]
-    width = settings.rounding.width if settings.rounding.kind == "beam" else 1
-    for pieces in row_pieces([len(weight) for weight in weights], weights[0].shape[1] * width):
-        plain = [weights[index][rows].to(job.dtype) for index, rows in pieces]
-        targets = [_target(weight, alphas[index], job) for weight, (index, _) in zip(plain, pieces, strict=True)]
-        target = targets[0] if len(targets) == 1 else torch.cat(targets)
-        mask = _stacked([masks[index], rows] for index, rows in pieces)
-        start = 0
-        solved, rounded = _solve_rows(target, mask, job)
-        for weight, aim, (index, place) in zip(plain, targets, pieces, strict=True):
-            rows = slice(start, start + len(weight))
-            start = rows.stop
-            parts[index].append(_some(solved, rows))
-            told = _reported(place, len(weights[index]))
-            errors[index] += _squares(weight, aim, rounded[rows], statistics.gram, told)
-    joined = [_joined(*each, has_gram=statistics.gram is not None) for each in zip(parts, errors, alphas, strict=True)]
+    joined = tuple(weight.joined(statistics.gram) for weight in _solve_pieces(weights, job))
     if solver is None:
-        return SolvedSite(tuple(joined))
+        return SolvedSite(joined)
     factor = solver.factor
     note = NOTHING_HELD_OUT if settings.validates and not _holds_out(statistics) else ""
-    return SolvedSite(tuple(joined), found, factor.damping, factor.attempts, factor.dead, note)
+    return SolvedSite(joined, found, factor.damping, factor.attempts, factor.dead, note)
 
 
 def check_inputs(weights: Sequence[Tensor], statistics: SiteStatistics, settings: Quantization) -> None:
@@ -225,7 +211,7 @@ def _solver(
     if settings.rounding.polish or settings.ranges.refit:
         damped = regularized(gram, chosen.shrinkage, towards, factor.damping, weighting)
     total = sum(weight.numel() for weight in weights)
-    return _Solver(factor, damped, drift, gram.new_empty(min(SLAB_WEIGHTS, total)))
+    return _Solver(factor, damped, drift, gram.new_empty(min(slab_weights(len(gram)), total)))
 
 
 def _diagonals(
@@ -331,19 +317,39 @@ def _target(weight: Tensor, alpha: float, job: _Job) -> Tensor:
     return corrected_target(weight, _needed(job.statistics.drift, "the drift"), job.solver.factor, alpha)
 
 
+def _solve_pieces(weights: Sequence[Tensor], job: _Job) -> "list[_Pieces]":
+    """Round some rows after others."""
+    masks = [_mask(weight, job.settings) for weight in weights]
+    found = [_Pieces(_alpha(weight, job)) for weight in weights]
+    width = job.settings.rounding.width if job.settings.rounding.kind == "beam" else 1
+    for pieces in row_pieces([len(weight) for weight in weights], weights[0].shape[1], width):
+        plain = [weights[index][rows].to(job.dtype) for index, rows in pieces]
+        targets = [_target(weight, found[index].alpha, job) for weight, (index, _) in zip(plain, pieces, strict=True)]
+        target = targets[0] if len(targets) == 1 else torch.cat(targets)
+        mask = _stacked([masks[index], rows] for index, rows in pieces)
+        start = 0
+        solved, rounded = _solve_rows(target, mask, job)
+        for weight, aim, (index, place) in zip(plain, targets, pieces, strict=True):
+            rows = slice(start, start + len(weight))
+            start = rows.stop
+            told = _reported(place, len(weights[index]))
+            found[index].add(_some(solved, rows), weight, aim, rounded[rows], told)
+    return found
+
+
 def _solve_rows(target: Tensor, mask: Tensor | None, job: _Job) -> tuple[Solved, Tensor]:
     """Round some rows; returns them as a checkpoint keeps them, and their values."""
     plain = target if mask is None else torch.where(mask, 0.0, target)
     grid = _grid(plain, job.statistics, job.settings, job.grid)
     apart = salient_grid(target, mask, job.settings.salient.bits, job.grid) if mask is not None else None
     turned = target.T.contiguous()
-    rounded = _rounded(turned, Levels.of(grid, target.shape[1], apart), job.solver, job.settings).T
+    rounded = _rounded(turned, Levels.of(grid, target.shape[1], apart), job.solver, job.settings).T.contiguous()
     codes = grid.codes(rounded)
     passes = job.settings.ranges.refit if job.solver is not None else 0
     for number in range(passes):
         grid = _refitted(target, rounded, codes, mask, grid, job.solver)
         if number + 1 < passes:
-            rounded = _rounded(turned, Levels.of(grid, target.shape[1], apart), job.solver, job.settings).T
+            rounded = _rounded(turned, Levels.of(grid, target.shape[1], apart), job.solver, job.settings).T.contiguous()
             codes = grid.codes(rounded)
     if passes:
         values = grid.values(codes)
@@ -413,9 +419,15 @@ def _alpha(weight: Tensor, job: _Job) -> float:
     return reachable_share(reached, whole)
 
 
-def row_pieces(rows: Sequence[int], columns: int) -> Iterator[list[tuple[int, slice]]]:
+def slab_weights(columns: int) -> int:
+    """Return how many weights of a site with so many columns are worked on at once."""
+    least, most = SLAB_WEIGHTS
+    return max(least, min(most, (SITE_ENTRIES - 2 * columns**2) // SLAB_COPIES))
+
+
+def row_pieces(rows: Sequence[int], columns: int, width: int = 1) -> Iterator[list[tuple[int, slice]]]:
     """Yield pieces, (weight, its rows), that together take a bounded amount of memory; rows are independent."""
-    limit = max(1, SLAB_WEIGHTS // columns)
+    limit = max(1, slab_weights(columns) // (columns * width))
     pieces: list[tuple[int, slice]] = []
     room = limit
     for index, count in enumerate(rows):
@@ -443,18 +455,60 @@ def energy(matrix: Tensor, gram: Tensor) -> Tensor:
     return ((matrix @ gram.to(matrix.dtype)) * matrix).sum(dtype=torch.float64)
 
 
-def _squares(weight: Tensor, target: Tensor, rounded: Tensor, gram: Tensor | None, some: slice) -> Tensor:
-    """Return squared output of what is left of the target and of the target, and squared error and weight.
+@dataclass(slots=True)
+class _Pieces:
+    """One weight, rounded piece by piece, and what that changed in it.
 
-    Float32 does for a report, and so do some rows: the outputs of many cost as much as rounding them.
+    Attributes
+    ----------
+    alpha
+        Of its target.
+    solved
+        Its rows.
+    squares
+        float64 (2,): of the changes, and of the weight.
+    reported
+        (2, rows, columns) of each piece: what is left of the target, and the target, in the rows that the output error
+        is told from. The outputs of all rows would cost as much as rounding them, and float32 does for a report.
     """
-    error = weight - rounded
-    plain = torch.stack([torch.linalg.vector_norm(each).double().square() for each in (error, weight)])
-    if gram is None:
-        return torch.cat([torch.zeros_like(plain), plain]).cpu()
-    left, whole = (target - rounded)[some].float(), target[some].float()
-    outputs = torch.stack([energy(left, gram), energy(whole, gram)])
-    return torch.cat([outputs, plain]).cpu()
+
+    alpha: float
+    solved: list[Solved] = field(default_factory=list)
+    squares: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    reported: list[Tensor] = field(default_factory=list)
+
+    def add(self, solved: Solved, weight: Tensor, target: Tensor, rounded: Tensor, told: slice) -> None:
+        """Add some rows.
+
+        Parameters
+        ----------
+        weight, target, rounded
+            (rows, columns).
+        told
+            Those of the rows that the output error is told from.
+        """
+        self.solved.append(solved)
+        norms = [torch.linalg.vector_norm(each).double() for each in (weight - rounded, weight)]
+        self.squares += torch.stack(norms).square().cpu()
+        whole = target[told].float()
+        self.reported.append(torch.stack([whole - rounded[told].float(), whole]))
+
+    def joined(self, gram: Tensor | None) -> Solved:
+        """Return the whole weight."""
+        salient = None
+        if self.solved[0].salient is not None:
+            kept = [each.salient for each in self.solved if each.salient is not None]
+            salient = torch.cat([mask for mask, _ in kept]), torch.cat([values for _, values in kept])
+        names = ("codes", "scale", "zero")
+        codes, scale, zero = (torch.cat([getattr(each, name) for each in self.solved]) for name in names)
+        return Solved(codes, scale, zero, salient, self._output_error(gram), _relative(*self.squares), self.alpha)
+
+    def _output_error(self, gram: Tensor | None) -> float:
+        if gram is None:
+            return math.nan
+        both = torch.cat(self.reported, dim=1)
+        outputs = (both.flatten(0, 1) @ gram.float()).view_as(both).mul_(both)
+        return _relative(*outputs.sum(dim=(1, 2), dtype=torch.float64))
 
 
 def _some(solved: Solved, rows: slice) -> Solved:
@@ -473,20 +527,8 @@ def _reported(rows: slice, total: int) -> slice:
     return slice(-rows.start % step, None, step)
 
 
-def _joined(parts: Sequence[Solved], errors: Tensor, alpha: float, *, has_gram: bool) -> Solved:
-    output, whole_output, weight, whole_weight = errors.tolist()
-    salient = None
-    if parts[0].salient is not None:
-        kept = [each.salient for each in parts if each.salient is not None]
-        salient = torch.cat([mask for mask, _ in kept]), torch.cat([values for _, values in kept])
-    codes, scale, zero = (torch.cat([getattr(each, name) for each in parts]) for name in ("codes", "scale", "zero"))
-    joined = replace(parts[0], codes=codes, scale=scale, zero=zero, salient=salient, alpha=alpha)
-    output_error = _relative(output, whole_output) if has_gram else math.nan
-    return replace(joined, output_error=output_error, weight_error=_relative(weight, whole_weight))
-
-
-def _relative(error: float, whole: float) -> float:
-    return math.sqrt(max(error, 0.0) / whole) if whole > 0 else 0.0
+def _relative(error: Tensor, whole: Tensor) -> float:
+    return math.sqrt(max(float(error), 0.0) / float(whole)) if whole > 0 else 0.0
 
 
 def _needed(value: Tensor | None, name: str) -> Tensor:

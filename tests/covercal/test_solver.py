@@ -222,7 +222,7 @@ def test_how_many_rows_are_worked_on_at_once_does_not_matter(
 ) -> None:
     parts, known = weights(4, 9, 2, 6), measured(4)
     at_once = solve_site(parts, known, COMBINED[name], DTYPE).weights
-    monkeypatch.setattr(solver, "SLAB_WEIGHTS", COLUMNS * rows)
+    monkeypatch.setattr(solver, "SLAB_WEIGHTS", (COLUMNS * rows,) * 2)
     for one, other in zip(solve_site(parts, known, COMBINED[name], DTYPE).weights, at_once, strict=True):
         assert same(one, other)
         for number in ("output_error", "weight_error", "alpha"):
@@ -233,7 +233,7 @@ def test_how_many_rows_are_worked_on_at_once_does_not_matter(
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 12))
 def test_pieces_hold_every_row_once_in_order_and_no_more_than_fit(rows: list[int], limit: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solver, "SLAB_WEIGHTS", 3 * limit)
+        patch.setattr(solver, "SLAB_WEIGHTS", (3 * limit, 3 * limit))
         pieces = list(row_pieces(rows, 3))
     found = [(index, row) for piece in pieces for index, part in piece for row in range(part.start, part.stop)]
     assert found == [(index, row) for index, count in enumerate(rows) for row in range(count)]
@@ -645,7 +645,7 @@ def test_the_output_error_of_a_tall_weight_is_that_of_evenly_spaced_rows(
 ) -> None:
     both, known = weights(11, 9, 3), measured(11)
     monkeypatch.setattr(solver, "REPORTED_ROWS", 4)
-    monkeypatch.setattr(solver, "SLAB_WEIGHTS", COLUMNS * rows_at_once)
+    monkeypatch.setattr(solver, "SLAB_WEIGHTS", (COLUMNS * rows_at_once,) * 2)
     found = solve_site(both, known, chosen(), DTYPE).weights
     for weight, each, some in zip(both, found, ([0, 3, 6], [0, 1, 2]), strict=True):
         lost, whole = (
