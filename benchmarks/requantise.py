@@ -89,6 +89,11 @@ def child(job: dict[str, Any]) -> float:
     return float(in_a_process("requantise", "--job", json.dumps(job), OMP_NUM_THREADS=str(job["threads"])))
 
 
+def note(times: dict[str, list[float]], name: str, seconds: float) -> None:
+    times.setdefault(name, []).append(seconds)
+    sys.stderr.write(f"  {name}: {seconds:.1f} s\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
@@ -115,11 +120,11 @@ def main() -> None:
     times: dict[str, list[float]] = {}
     for _ in range(given.rounds):
         for name in ("gptq", "covercal"):
-            times.setdefault(name, []).append(child(base | {"method": name, "threads": 2}))
-        times.setdefault("cached, one worker on two cores", []).append(child(one))
-        times.setdefault("cached, one worker on one core", []).append(child(alone))
+            note(times, name, child(base | {"method": name, "threads": 2}))
+        note(times, "cached, one worker on two cores", child(one))
+        note(times, "cached, one worker on one core", child(alone))
         with ThreadPoolExecutor(2) as both:
-            times.setdefault("cached, two workers", []).append(max(both.map(child, halves)))
+            note(times, "cached, two workers", max(both.map(child, halves)))
     rows = []
     for name, found in times.items():
         ratios = [f"{median(found) / median(times[rival]):.2f}" for rival in ("gptq", "covercal")]

@@ -2,11 +2,11 @@
 
 `python -m benchmarks.whole POOL.jsonl.gz [--sides NAME ...] [--rounds 3] [--slow-rounds 1] [--output FILE]`
 
-The same 64 random samples of 256 tokens for all, 4 bits, groups of 64, asymmetric, and where a method has them 1%
-damping and activation order with static groups. The sides take turns, each round in a process of its own; seconds are
-those of quantising a loaded model in memory, nothing written. What each side's weights stand for is then scored by one
-evaluation: KL(original || quantised) and perplexity over 18 held-out sequences of 512 tokens, three of each of six
-domains. Peers whose round takes minutes have `--slow-rounds`.
+The same 64 random samples of 256 tokens for all sides, other ones in every round, 4 bits, groups of 64, asymmetric, and
+where a method has them 1% damping and activation order with static groups. The sides take turns, each round in a
+process of its own; seconds are those of quantising a loaded model in memory, nothing written. What each side's weights
+stand for is then scored by one evaluation: KL(original || quantised) and perplexity over 18 held-out sequences of 512
+tokens, three of each of six domains. Peers whose round takes minutes have `--slow-rounds`, and are compared over those.
 """
 
 import argparse
@@ -45,6 +45,9 @@ from tasks.select import chosen_samples
 
 SAMPLES, BITS, GROUP = 64, 4, 64
 STORED = "float16"  # scales and all that is not quantised, as in most of the peers' checkpoints
+
+
+Scores = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,7 @@ class Judge:
         self._original = load_decoder(folder, "float32", torch.device("cpu"))
         self._reference = reference_outputs(self._original, sequences, keep_hidden=True)
 
-    def scores(self, weights: Path) -> dict[str, dict[str, float]]:
+    def scores(self, weights: Path) -> Scores:
         """Return KL and perplexity over all sequences (`all`), and by domain."""
         quantised = load_decoder(self._folder, "float32", torch.device("cpu"))
         missing, unknown = quantised.model.load_state_dict(load_file(weights), strict=False)
@@ -129,31 +132,41 @@ class Judge:
         }
 
 
-def inputs_of(recipe: Recipe, store: ArtifactStore) -> tuple[npt.NDArray[np.int32], Judge]:
-    """Return the calibration tokens (samples, length), and the judge."""
-    inputs, execution = identify(recipe, store), Direct(store, Recorder())
-    chain = run_chain(recipe, inputs, execution, until="selection")
-    tokens = sample_tokens(store, chain.pool)
-    chosen = chosen_samples(store, chain.selection, SAMPLES)
+def inputs_of(start: Recipe, store: ArtifactStore, rounds: int) -> tuple[list[npt.NDArray[np.int32]], Judge]:
+    """Return the calibration tokens (samples, length) of every round, and the judge."""
+    tokens = []
+    for seed in range(rounds):
+        fields = {"selection.selector": "random", "selection.budget": SAMPLES, "selection.seed": seed}
+        recipe = parse_recipe(with_fields(start, fields), Path("/"))
+        inputs, execution = identify(recipe, store), Direct(store, Recorder())
+        chain = run_chain(recipe, inputs, execution, until="selection")
+        pool, chosen = sample_tokens(store, chain.pool), chosen_samples(store, chain.selection, SAMPLES)
+        tokens.append(np.stack([pool[sample] for sample in chosen]).astype(np.int32))
     (text,) = text_samples(recipe, inputs, execution, TokenizerIdentity(inputs.model), chain.imported)
     domains = sample_columns(store, text, "domain")["domain"]
-    judge = Judge(sample_tokens(store, text), domains, store.path(chain.imported))
-    return np.stack([tokens[sample] for sample in chosen]).astype(np.int32), judge
+    return tokens, Judge(sample_tokens(store, text), domains, store.path(chain.imported))
+
+
+def mean_score(found: Sequence[Scores], domain: str, measure: str) -> float:
+    return float(np.mean([each[domain][measure] for each in found]))
 
 
 def line_of(side: Side, found: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """Return a side's line of the table; `ours` is the side above it that it is compared with."""
-    seconds = found["seconds"]
-    compared = "" if found is ours else f"{median(ours['seconds']) / median(seconds):.2f}"
-    worse = [name for name, each in ours["scores"].items() if each["kl"] > found["scores"][name]["kl"]]
-    all_scores = found["scores"]["all"]
+    """Return a side's line of the table; `ours` is the side above it that it is compared with, round by round."""
+    seconds, scores = found["seconds"], found["scores"]
+    both = min(len(scores), len(ours["scores"]))
+    compared = [
+        (name, mean_score(ours["scores"][:both], name, "kl") / mean_score(scores[:both], name, "kl"))
+        for name in scores[0]
+    ]
+    alone = found is ours
     return [
         side.name,
         f"{median(seconds):.0f} s ({min(seconds):.0f} to {max(seconds):.0f}; n = {len(seconds)})",
-        compared,
-        f"{all_scores['kl']:.4f}",
-        f"{all_scores['perplexity']:.2f}",
-        "" if found is ours else ", ".join(worse) or "none",
+        "" if alone else f"{median(ours['seconds'][:both]) / median(seconds):.2f}",
+        f"{mean_score(scores, 'all', 'kl'):.4f}",
+        f"{mean_score(scores, 'all', 'perplexity'):.2f}",
+        "" if alone else ", ".join(f"{name} {ratio:.2f}" for name, ratio in compared),
         f"{found['peak_bytes'] / 1e9:.1f} GB",
     ]
 
@@ -175,25 +188,26 @@ def main() -> None:
     sides = [side for side in SIDES if given.sides is None or side.name in given.sides]
     pythons = {side.peer: interpreter(side.peer, console) for side in sides if side.peer}
     start = prepared(given.pool, None, store, console)
-    fields = {"selection.selector": "random", "selection.budget": SAMPLES, "selection.seed": 0}
-    tokens, judge = inputs_of(parse_recipe(with_fields(start, fields), Path("/")), store)
+    rounds = max(given.rounds, given.slow_rounds)
+    tokens, judge = inputs_of(start, store, rounds)
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        np.save(folder / "tokens.npy", tokens)
         paths = {"model": real_model_folder(store), "tokens": folder / "tokens.npy", "output": folder / "dense.st"}
-        for number in range(max(given.rounds, given.slow_rounds)):
+        for number in range(rounds):
+            np.save(folder / "tokens.npy", tokens[number])
             for side in sides:
                 if number >= (given.slow_rounds if side.slow else given.rounds):
                     continue
                 job = {"method": side.method, "bits": BITS, "group_size": GROUP, "threads": given.threads}
                 said = run_side(side, job | {key: str(path) for key, path in paths.items()}, pythons)
-                mine = found.setdefault(side.name, said | {"seconds": [], "peak_bytes": said["peak_bytes"]})
+                mine = found.setdefault(side.name, said | {"seconds": [], "scores": []})
                 mine["seconds"].append(said["seconds"])
-                if "scores" not in mine:
-                    mine["scores"] = judge.scores(paths["output"])
-                words = f"  {side.name}: {said['seconds']:.1f} s, KL {mine['scores']['all']['kl']:.4f}"
+                mine["scores"].append(judge.scores(paths["output"]))
+                words = f"  {side.name}: {said['seconds']:.1f} s, KL {mine['scores'][-1]['all']['kl']:.4f}"
                 console.print(words, highlight=False, markup=False)
+                if given.output is not None:
+                    given.output.write_text(json.dumps({"sides": found}), encoding="utf-8")
     show(sides, found, given.output)
 
 
@@ -210,7 +224,7 @@ def show(sides: Sequence[Side], found: dict[str, dict[str, Any]], output: Path |
         "covercal / it",
         "KL",
         "perplexity",
-        "domains where covercal's KL is higher",
+        "covercal's KL / its KL, by domain",
     ]
     title = f"SmolLM2-135M, W{BITS} g{GROUP}, {SAMPLES} samples x 256 tokens"
     report(title, [*columns, "peak memory"], lines, {"sides": found}, output)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from covercal.calibration import Calibration, Memory, Tokens, block_sums, start_calibration
 from covercal.decoder import Decoder, Site
-from covercal.gram import SiteStatistics, Wanted
+from covercal.gram import SiteStatistics, Wanted, mirror
 from covercal.hidden_states import HiddenStates, aligned
 from covercal.memory import release_freed
 from covercal.quantization_settings import Dtype
@@ -48,17 +48,19 @@ class PoolSite:
 
 def upper_triangle(matrix: Tensor) -> npt.NDArray[np.float32]:
     """Return the upper triangle of a symmetric matrix row by row, float32."""
-    rows, columns = torch.triu_indices(*matrix.shape, device=matrix.device)
-    return matrix[rows, columns].float().cpu().numpy()
+    values = matrix.float().cpu().numpy()
+    return np.concatenate([values[row, row:] for row in range(len(values))])
 
 
 def symmetric(triangle: npt.NDArray[np.float32], channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the matrix (channels, channels) of an upper triangle."""
-    rows, columns = torch.triu_indices(channels, channels, device=device)
-    matrix = torch.empty((channels, channels), dtype=dtype, device=device)
-    values = torch.from_numpy(np.array(triangle)).to(device, dtype)  # a copy: what was read is not writable
-    matrix[rows, columns] = values
-    matrix[columns, rows] = values
+    values = np.empty((channels, channels), dtype=np.float32)
+    start = 0
+    for row in range(channels):
+        values[row, row:] = triangle[start : start + channels - row]
+        start += channels - row
+    matrix = torch.from_numpy(values).to(device, dtype)
+    mirror(matrix.T)
     return matrix
 
 

@@ -1,5 +1,6 @@
 """Coordinate descent over a finished rounding: each weight moves to its best level, all others as they are."""
 
+import torch
 from torch import Tensor
 
 from covercal.quantizers.levels import Levels
@@ -26,15 +27,20 @@ def polish(target: Tensor, rounded: Tensor, gram: Tensor, levels: Levels, order:
     passes
         How often all of them do.
     """
-    current = rounded.clone()
+    current, difference = rounded.clone(), rounded - target
+    inverse = gram.diagonal().reciprocal().tolist()
     for _ in range(passes):
         for start in range(0, len(order), BLOCK_COLUMNS):
             block = order[start : start + BLOCK_COLUMNS]
-            slope = gram[block] @ (current - target)  # of half the loss, (block, rows)
+            rows = gram[block]
+            slope = rows @ difference  # of half the loss, (block, rows)
+            shares, before = rows[:, block], current[block]
+            found, change = torch.empty_like(before), torch.empty_like(before)
             for here, column in enumerate(block.tolist()):
-                wanted = current[column] - slope[here] / gram[column, column]
-                found = levels.nearest(wanted, column)
-                change = found - current[column]
-                slope.addr_(gram[block, column], change)
-                current[column] = found
+                wanted = torch.add(before[here], slope[here], alpha=-inverse[column])
+                levels.nearest(wanted, column, out=found[here])
+                torch.sub(found[here], before[here], out=change[here])
+                slope[here + 1 :].addr_(shares[here + 1 :, here], change[here])
+            current[block] = found
+            difference[block] += change
     return current

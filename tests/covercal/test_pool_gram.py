@@ -85,7 +85,7 @@ def full(site: PoolSite) -> Floats:
 # --- half of a symmetric matrix ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 32])
+@pytest.mark.parametrize("size", [1, 2, 7, 32, 600])
 def test_a_symmetric_matrix_is_got_back_from_half_of_it(size: int) -> None:
     half = torch.randn(size, size, generator=torch.Generator().manual_seed(size))
     matrix = half + half.T
