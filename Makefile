@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/covercal demo
 
 test: $(READY) programs
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The report and the dashboard are looked at in a real browser, and a team's server needs PostgreSQL and Redis: what is not there
 # comes from Debian, where this user may install it.

@@ -180,7 +180,7 @@ def asked_at_once(bench: Bench, times: int, processes: int = 8) -> Finding:
     for number in range(times):
         root = bench.place().root
         killed = number % 2 == 1
-        children = [_ask(root) for _ in range(processes)]
+        children = [_ask(root, first_is_killed=killed) for _ in range(processes)]
         if killed:
             os.kill(_builder(root), signal.SIGKILL)
         outcomes = [_answer(*child) for child in children]
@@ -201,7 +201,7 @@ def asked_at_once(bench: Bench, times: int, processes: int = 8) -> Finding:
     )
 
 
-def _ask(root: Path) -> tuple[int, int]:
+def _ask(root: Path, *, first_is_killed: bool) -> tuple[int, int]:
     reader, writer = os.pipe()
     child = os.fork()
     if child:
@@ -209,8 +209,9 @@ def _ask(root: Path) -> tuple[int, int]:
         return child, reader
 
     def build(folder: Path) -> None:
+        waits_for_its_end = first_is_killed and not any(root.glob("builder-*"))
         (root / f"builder-{time.monotonic_ns()}").write_text(str(os.getpid()))
-        time.sleep(0.3)
+        time.sleep(600 if waits_for_its_end else 0.3)
         (folder / "file").write_text("content")
 
     try:
