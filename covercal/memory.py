@@ -10,19 +10,20 @@ import os
 import sys
 from typing import Any
 
-KEPT_BYTES = 2**23  # of one piece; larger ones go back to the system as soon as they are freed
-# <malloc.h>, what is set, and the variable by which a user says otherwise
-MMAP_THRESHOLD = (-3, KEPT_BYTES, "MALLOC_MMAP_THRESHOLD_")
-TRIM_THRESHOLD = (-1, 2**31 - 1, "MALLOC_TRIM_THRESHOLD_")
-ARENA_MAX = (-8, 1, "MALLOC_ARENA_MAX")  # other arenas than the first hold only small pieces
+KEPT_BYTES = 2**25  # of one piece; larger ones go back to the system as soon as they are freed
+KEPT_BESIDE_WIDE = 2**23  # where matrices of a gigabyte leave no room for what lies between pieces
+# <malloc.h>, and the variable by which a user says otherwise
+MMAP_THRESHOLD = (-3, "MALLOC_MMAP_THRESHOLD_")
+TRIM_THRESHOLD = (-1, "MALLOC_TRIM_THRESHOLD_")
+ARENA_MAX = (-8, "MALLOC_ARENA_MAX")  # other arenas than the first hold only small pieces
 
 
-def keep_freed() -> None:
-    """Let this process keep freed memory for what it allocates next (glibc); elsewhere do nothing."""
+def keep_freed(piece: int = KEPT_BYTES) -> None:
+    """Let this process keep freed pieces of so many bytes for what it allocates next (glibc); elsewhere do nothing."""
     setting = _function("mallopt")
     if setting is None:
         return
-    for parameter, value, variable in (MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX):
+    for (parameter, variable), value in ((MMAP_THRESHOLD, piece), (TRIM_THRESHOLD, 2**31 - 1), (ARENA_MAX, 1)):
         if variable not in os.environ:
             setting(parameter, value)
 

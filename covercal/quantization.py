@@ -29,7 +29,7 @@ from covercal.errors import QuantizationError
 from covercal.gram import SiteStatistics, Wanted
 from covercal.hidden_states import HiddenStates, aligned
 from covercal.input_scaling import ScaledSite, scale_block
-from covercal.memory import release_freed
+from covercal.memory import KEPT_BESIDE_WIDE, keep_freed, release_freed
 from covercal.quantization_settings import Dtype, Quantization
 from covercal.quantizers.solver import Solved, SolvedSite, solve_site
 
@@ -331,6 +331,8 @@ def _quantize_block(job: _Job, index: int, running: Calibration | None) -> Quant
     with _passes(block, original, sites, running) as passes:
         for site in sites:
             wide = site.channels >= WIDE_CHANNELS
+            if wide:
+                keep_freed(KEPT_BESIDE_WIDE)
             if wide or site is sites[0]:
                 release_freed()
             how = scaled.get(site.order, ScaledSite())
