@@ -92,18 +92,17 @@ def start_calibration(
     hidden, original = (HiddenStates(decoder.device, each, folder) for folder in folders)
     found: list[Batch] = []
     first = 0
+    together = [[sequences[m] for m in members] for members in batches(sequences, limit)]
     with decoder.around():
         with rounded_outside_blocks(decoder, storage_dtype):
-            for members in batches(sequences, limit):
-                tokens = token_tensor([sequences[m] for m in members], decoder.device)
-                entering, arguments = block_inputs(decoder, tokens)
+            for some in together:
+                entering, arguments = block_inputs(decoder, token_tensor(some, decoder.device))
                 hidden.append(entering)
-                weight = longest / tokens.shape[1] if by_sequence else 1.0
-                found.append(Batch(len(found), first, (tokens.shape[0], tokens.shape[1]), weight, arguments))
-                first += len(members)
-        for members in batches(sequences, limit) if compares else ():
-            tokens = token_tensor([sequences[m] for m in members], decoder.device)
-            original.append(block_inputs(decoder, tokens)[0])
+                weight = longest / len(some[0]) if by_sequence else 1.0
+                found.append(Batch(len(found), first, (len(some), len(some[0])), weight, arguments))
+                first += len(some)
+        for some in together if compares else ():
+            original.append(block_inputs(decoder, token_tensor(some, decoder.device))[0])
     return Calibration(found, hidden, original)
 
 

@@ -8,6 +8,8 @@ given back now and then.
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 KEPT_BYTES = 2**25  # of one piece; larger ones go back to the system as soon as they are freed
@@ -17,15 +19,28 @@ MMAP_THRESHOLD = (-3, "MALLOC_MMAP_THRESHOLD_")
 TRIM_THRESHOLD = (-1, "MALLOC_TRIM_THRESHOLD_")
 ARENA_MAX = (-8, "MALLOC_ARENA_MAX")  # other arenas than the first hold only small pieces
 
+_asked = False  # whether `keep_freed` was called: a program that only uses this library keeps its own way
 
-def keep_freed(piece: int = KEPT_BYTES) -> None:
-    """Let this process keep freed pieces of so many bytes for what it allocates next (glibc); elsewhere do nothing."""
-    setting = _function("mallopt")
-    if setting is None:
+
+def keep_freed() -> None:
+    """Let this process keep freed memory for what it allocates next (glibc); elsewhere do nothing."""
+    global _asked
+    _asked = True
+    for setting, value in ((MMAP_THRESHOLD, KEPT_BYTES), (TRIM_THRESHOLD, 2**31 - 1), (ARENA_MAX, 1)):
+        _set(setting, value)
+
+
+@contextmanager
+def keeping_less() -> Iterator[None]:
+    """Keep smaller pieces only, for a while; nothing where `keep_freed` was not called."""
+    if not _asked:
+        yield
         return
-    for (parameter, variable), value in ((MMAP_THRESHOLD, piece), (TRIM_THRESHOLD, 2**31 - 1), (ARENA_MAX, 1)):
-        if variable not in os.environ:
-            setting(parameter, value)
+    _set(MMAP_THRESHOLD, KEPT_BESIDE_WIDE)
+    try:
+        yield
+    finally:
+        _set(MMAP_THRESHOLD, KEPT_BYTES)
 
 
 def release_freed() -> None:
@@ -33,6 +48,13 @@ def release_freed() -> None:
     trim = _function("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def _set(setting: tuple[int, str], value: int) -> None:
+    parameter, variable = setting
+    call = _function("mallopt")
+    if call is not None and variable not in os.environ:
+        call(parameter, value)
 
 
 def _function(name: str) -> Any:

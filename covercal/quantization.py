@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -29,11 +29,12 @@ from covercal.errors import QuantizationError
 from covercal.gram import SiteStatistics, Wanted
 from covercal.hidden_states import HiddenStates, aligned
 from covercal.input_scaling import ScaledSite, scale_block
-from covercal.memory import KEPT_BESIDE_WIDE, keep_freed, release_freed
+from covercal.memory import keeping_less, release_freed
 from covercal.quantization_settings import Dtype, Quantization
-from covercal.quantizers.solver import Solved, SolvedSite, solve_site
+from covercal.quantizers.pieces import Solved
+from covercal.quantizers.solver import SolvedSite, solve_site
 
-WIDE_CHANNELS = 2048  # memory that was freed is given back before a site so wide is summed, and before it is solved
+RELEASED_CHANNELS = 2048  # memory that was freed is given back before every step of a block so wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,12 +329,11 @@ def _quantize_block(job: _Job, index: int, running: Calibration | None) -> Quant
     linears: list[QuantizedLinear] = []
     reports: list[LinearReport] = []
     leaving: tuple[HiddenStates, ...] = ()
-    with _passes(block, original, sites, running) as passes:
+    wide = any(site.channels >= RELEASED_CHANNELS for site in sites)
+    release_freed()
+    with _passes(block, original, sites, running) as passes, keeping_less() if wide else nullcontext():
         for site in sites:
-            wide = site.channels >= WIDE_CHANNELS
             if wide:
-                keep_freed(KEPT_BESIDE_WIDE)
-            if wide or site is sites[0]:
                 release_freed()
             how = scaled.get(site.order, ScaledSite())
             statistics = _site_statistics(job, site, passes, seen.get(site.order), how.scale).single()

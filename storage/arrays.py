@@ -31,7 +31,7 @@ def write_array(path: Path, values: npt.NDArray[np.generic]) -> None:
     is_float = values.dtype == np.float32
     if values.ndim != 2 or not (is_float or values.dtype.kind in "iu"):
         raise ValueError(f"an array is stored as a float32 or integer matrix, not {values.dtype} {values.shape}")
-    if is_float and np.isnan(values).any():
+    if _has_nan(values):
         raise ValueError("NaN marks what is missing and cannot be stored")
     rows, columns = values.shape
     chunk = (max(rows, 1), min(CHUNK_COLUMNS, max(columns, 1)))
@@ -93,8 +93,7 @@ class Columns:
         return kept[:, start - first : stop - first]
 
     def _chunks(self, start: int, stop: int) -> npt.NDArray[np.generic]:
-        dtype = np.result_type(*(array.dtype for array in self._arrays)) if self._arrays else np.dtype(np.float32)
-        found = np.empty((self.rows, stop - start), dtype=dtype)
+        found = np.empty((self.rows, stop - start), dtype=np.result_type(*(array.dtype for array in self._arrays)))
         row = 0
         for array, path in zip(self._arrays, self._paths, strict=True):
             part = found[row : row + array.shape[0]]
@@ -126,12 +125,17 @@ def _opened(path: Path) -> zarr.Array:
 
 
 def _without_nan(values: npt.NDArray[np.generic], path: Path) -> npt.NDArray[np.generic]:
-    """Return values as they are; a NaN among them makes their sum NaN, and so do both infinities together."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        suspicious = values.dtype == np.float32 and bool(np.isnan(values.sum()))
-    if suspicious and np.isnan(values).any():
+    if _has_nan(values):
         raise _lacking(path)
     return values
+
+
+def _has_nan(values: npt.NDArray[np.generic]) -> bool:
+    """Return whether a NaN is among floats: it makes their sum NaN (as both infinities do), looked at first."""
+    if values.dtype != np.float32:
+        return False
+    with np.errstate(invalid="ignore", over="ignore"):
+        return bool(np.isnan(values.sum())) and bool(np.isnan(values).any())
 
 
 def _lacking(path: Path) -> StorageError:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from covercal.quantizers.grid import (
     weighted_error,
 )
 from covercal.quantizers.levels import Levels
+from covercal.quantizers.pieces import Pieces, Solved, reported_rows, row_pieces, slab_weights
 from covercal.quantizers.polish import polish
 from covercal.quantizers.refit import refitted
 from covercal.quantizers.regularization import (
@@ -40,46 +41,8 @@ from covercal.quantizers.salient import salient_grid, salient_mask
 from covercal.quantizers.sequential import round_sequentially
 from covercal.quantizers.targets import carried_drift, corrected_target, mismatch, reachable_share
 
-# Rows are independent: so many weights at least and at most are worked on at once, between them as many as a site's two
-# matrices leave of what it may hold, with six copies of the weights.
-SLAB_WEIGHTS = 2**22, 2**23
-SLAB_COPIES = 6
-SITE_ENTRIES = 2**28
-REPORTED_ROWS = 256  # at most, evenly spaced, from which a weight's output error is told
 NOTHING_HELD_OUT = "nothing was validated: too few sequences to hold some out, so that the first candidate was taken"
 VALIDATED_ROWS = 128  # rows on which regularisation is validated
-
-
-@dataclass(frozen=True, slots=True)
-class Solved:
-    """One quantised weight.
-
-    Attributes
-    ----------
-    codes
-        uint8 (rows, columns).
-    scale
-        (rows, groups) in the checkpoint's dtype.
-    zero
-        uint8 (rows, groups).
-    salient
-        Positions and values of the salient weights, in the checkpoint's dtype, when there are any: `mask` bool
-        (rows, columns), `values` (salient,).
-    output_error
-        ||W X - Q X|| / ||W X|| on the inputs of the Gram matrix, W what rounding aims at; NaN without a Gram matrix.
-    weight_error
-        ||W - Q|| / ||W||.
-    alpha
-        Of the target; NaN where there is none.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-    salient: tuple[Tensor, Tensor] | None
-    output_error: float
-    weight_error: float
-    alpha: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,10 +280,10 @@ def _target(weight: Tensor, alpha: float, job: _Job) -> Tensor:
     return corrected_target(weight, _needed(job.statistics.drift, "the drift"), job.solver.factor, alpha)
 
 
-def _solve_pieces(weights: Sequence[Tensor], job: _Job) -> "list[_Pieces]":
+def _solve_pieces(weights: Sequence[Tensor], job: _Job) -> list[Pieces]:
     """Round some rows after others."""
     masks = [_mask(weight, job.settings) for weight in weights]
-    found = [_Pieces(_alpha(weight, job)) for weight in weights]
+    found = [Pieces(_alpha(weight, job)) for weight in weights]
     width = job.settings.rounding.width if job.settings.rounding.kind == "beam" else 1
     for pieces in row_pieces([len(weight) for weight in weights], weights[0].shape[1], width):
         plain = [weights[index][rows].to(job.dtype) for index, rows in pieces]
@@ -332,8 +295,8 @@ def _solve_pieces(weights: Sequence[Tensor], job: _Job) -> "list[_Pieces]":
         for weight, aim, (index, place) in zip(plain, targets, pieces, strict=True):
             rows = slice(start, start + len(weight))
             start = rows.stop
-            told = _reported(place, len(weights[index]))
-            found[index].add(_some(solved, rows), weight, aim, rounded[rows], told)
+            told = reported_rows(place, len(weights[index]))
+            found[index].add(solved.some(rows), weight, aim, rounded[rows], told)
     return found
 
 
@@ -419,31 +382,6 @@ def _alpha(weight: Tensor, job: _Job) -> float:
     return reachable_share(reached, whole)
 
 
-def slab_weights(columns: int) -> int:
-    """Return how many weights of a site with so many columns are worked on at once."""
-    least, most = SLAB_WEIGHTS
-    return max(least, min(most, (SITE_ENTRIES - 2 * columns**2) // SLAB_COPIES))
-
-
-def row_pieces(rows: Sequence[int], columns: int, width: int = 1) -> Iterator[list[tuple[int, slice]]]:
-    """Yield pieces, (weight, its rows), that together take a bounded amount of memory; rows are independent."""
-    limit = max(1, slab_weights(columns) // (columns * width))
-    pieces: list[tuple[int, slice]] = []
-    room = limit
-    for index, count in enumerate(rows):
-        start = 0
-        while start < count:
-            stop = min(start + room, count)
-            pieces.append((index, slice(start, stop)))
-            room -= stop - start
-            start = stop
-            if not room:
-                yield pieces
-                pieces, room = [], limit
-    if pieces:
-        yield pieces
-
-
 def weight_magnitude(weights: Sequence[Tensor]) -> Tensor:
     """Return mean |w| of every column over the rows of all weights, float64 (columns,)."""
     total = sum(weight.abs().sum(dim=0, dtype=torch.float64) for weight in weights)
@@ -453,82 +391,6 @@ def weight_magnitude(weights: Sequence[Tensor]) -> Tensor:
 def energy(matrix: Tensor, gram: Tensor) -> Tensor:
     """Return tr(M H M^T), the squared output of M on the inputs of H."""
     return ((matrix @ gram.to(matrix.dtype)) * matrix).sum(dtype=torch.float64)
-
-
-@dataclass(slots=True)
-class _Pieces:
-    """One weight, rounded piece by piece, and what that changed in it.
-
-    Attributes
-    ----------
-    alpha
-        Of its target.
-    solved
-        Its rows.
-    squares
-        float64 (2,): of the changes, and of the weight.
-    reported
-        (2, rows, columns) of each piece: what is left of the target, and the target, in the rows that the output error
-        is told from. The outputs of all rows would cost as much as rounding them, and float32 does for a report.
-    """
-
-    alpha: float
-    solved: list[Solved] = field(default_factory=list)
-    squares: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
-    reported: list[Tensor] = field(default_factory=list)
-
-    def add(self, solved: Solved, weight: Tensor, target: Tensor, rounded: Tensor, told: slice) -> None:
-        """Add some rows.
-
-        Parameters
-        ----------
-        weight, target, rounded
-            (rows, columns).
-        told
-            Those of the rows that the output error is told from.
-        """
-        self.solved.append(solved)
-        norms = [torch.linalg.vector_norm(each).double() for each in (weight - rounded, weight)]
-        self.squares += torch.stack(norms).square().cpu()
-        whole = target[told].float()
-        self.reported.append(torch.stack([whole - rounded[told].float(), whole]))
-
-    def joined(self, gram: Tensor | None) -> Solved:
-        """Return the whole weight."""
-        salient = None
-        if self.solved[0].salient is not None:
-            kept = [each.salient for each in self.solved if each.salient is not None]
-            salient = torch.cat([mask for mask, _ in kept]), torch.cat([values for _, values in kept])
-        names = ("codes", "scale", "zero")
-        codes, scale, zero = (torch.cat([getattr(each, name) for each in self.solved]) for name in names)
-        return Solved(codes, scale, zero, salient, self._output_error(gram), _relative(*self.squares), self.alpha)
-
-    def _output_error(self, gram: Tensor | None) -> float:
-        if gram is None:
-            return math.nan
-        both = torch.cat(self.reported, dim=1)
-        outputs = (both.flatten(0, 1) @ gram.float()).view_as(both).mul_(both)
-        return _relative(*outputs.sum(dim=(1, 2), dtype=torch.float64))
-
-
-def _some(solved: Solved, rows: slice) -> Solved:
-    """Return what belongs to some rows."""
-    salient = None
-    if solved.salient is not None:
-        mask, values = solved.salient
-        before = int(mask[: rows.start].sum())
-        salient = mask[rows], values[before : before + int(mask[rows].sum())]
-    return replace(solved, codes=solved.codes[rows], scale=solved.scale[rows], zero=solved.zero[rows], salient=salient)
-
-
-def _reported(rows: slice, total: int) -> slice:
-    """Return which of some rows of a weight with so many its output error is told from."""
-    step = -(-total // REPORTED_ROWS)
-    return slice(-rows.start % step, None, step)
-
-
-def _relative(error: Tensor, whole: Tensor) -> float:
-    return math.sqrt(max(float(error), 0.0) / float(whole)) if whole > 0 else 0.0
 
 
 def _needed(value: Tensor | None, name: str) -> Tensor:

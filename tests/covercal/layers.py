@@ -11,8 +11,8 @@ from torch import Tensor
 from covercal.quantizers.factor import Factor, factorize
 from covercal.quantizers.grid import Grid, GridSettings, dequantize, min_max_grid
 from covercal.quantizers.levels import Levels
+from covercal.quantizers.pieces import Solved
 from covercal.quantizers.salient import SalientGrid, salient_grid, salient_mask
-from covercal.quantizers.solver import Solved
 
 Floats = npt.NDArray[np.float64]
 

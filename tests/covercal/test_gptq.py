@@ -69,8 +69,9 @@ def test_every_code_is_the_textbooks(
 
 
 @pytest.mark.parametrize("chosen", [ORDERED, NATURAL], ids=["ordered", "natural"])
-@pytest.mark.parametrize("columns", [1, 2, 63, 64, 65, 128, 200])
-def test_every_code_is_the_textbooks_whatever_the_columns_are_to_the_block(
+@pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 63, 64, 65, 128, 200])
+@pytest.mark.usefixtures("small_blocks")
+def test_every_code_is_the_textbooks_whatever_the_columns_are_to_block_and_panel(
     columns: int, chosen: RoundingSettings
 ) -> None:
     weight, gram = layer(columns, 16, columns, tokens=600)
@@ -78,6 +79,7 @@ def test_every_code_is_the_textbooks_whatever_the_columns_are_to_the_block(
 
 
 @pytest.mark.parametrize("chosen", [ORDERED, NATURAL], ids=["ordered", "natural"])
+@pytest.mark.usefixtures("small_blocks")
 def test_every_code_is_the_textbooks_when_a_group_crosses_blocks(chosen: RoundingSettings) -> None:
     weight, gram = layer(7, 16, 200, tokens=600)
     assert_textbook(weight, gram, grid_of(weight, 3, 40), chosen)

@@ -12,8 +12,9 @@ from torch import Tensor
 from covercal.gram import SiteStatistics
 from covercal.quantization_settings import Quantization
 from covercal.quantizers.grid import Grid
+from covercal.quantizers.pieces import Solved
 from covercal.quantizers.refit import LARGEST_CHANGE, refitted
-from covercal.quantizers.solver import Solved, solve_site
+from covercal.quantizers.solver import solve_site
 from tests.covercal.layers import Floats, by_column, damped, dense, grid_of, layer
 from tests.covercal.rounding import RoundingSettings, gptq
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from covercal.errors import QuantizationError
 from covercal.gram import SiteStatistics
 from covercal.quantization_settings import Quantization
-from covercal.quantizers import solver
+from covercal.quantizers import pieces, solver
 from covercal.quantizers.grid import (
     GridSettings,
     dequantize,
@@ -27,9 +27,10 @@ from covercal.quantizers.grid import (
     searched_grid,
     squared_error,
 )
+from covercal.quantizers.pieces import Solved, row_pieces
 from covercal.quantizers.regularization import DAMPINGS, GAMMAS, SALIENCY_DAMPINGS, SHRINKAGES, Regularization
 from covercal.quantizers.salient import salient_mask
-from covercal.quantizers.solver import NOTHING_HELD_OUT, Solved, regularizations, row_pieces, solve_site
+from covercal.quantizers.solver import NOTHING_HELD_OUT, regularizations, solve_site
 from tests.covercal.layers import Floats, by_column, damped, dense, grid_of
 from tests.covercal.rounding import RoundingSettings, gptq, round_to_nearest
 
@@ -222,7 +223,7 @@ def test_how_many_rows_are_worked_on_at_once_does_not_matter(
 ) -> None:
     parts, known = weights(4, 9, 2, 6), measured(4)
     at_once = solve_site(parts, known, COMBINED[name], DTYPE).weights
-    monkeypatch.setattr(solver, "SLAB_WEIGHTS", (COLUMNS * rows,) * 2)
+    monkeypatch.setattr(pieces, "SLAB_WEIGHTS", COLUMNS * rows)
     for one, other in zip(solve_site(parts, known, COMBINED[name], DTYPE).weights, at_once, strict=True):
         assert same(one, other)
         for number in ("output_error", "weight_error", "alpha"):
@@ -233,11 +234,17 @@ def test_how_many_rows_are_worked_on_at_once_does_not_matter(
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 12))
 def test_pieces_hold_every_row_once_in_order_and_no_more_than_fit(rows: list[int], limit: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solver, "SLAB_WEIGHTS", (3 * limit, 3 * limit))
-        pieces = list(row_pieces(rows, 3))
-    found = [(index, row) for piece in pieces for index, part in piece for row in range(part.start, part.stop)]
+        patch.setattr(pieces, "SLAB_WEIGHTS", 3 * limit)
+        yielded = list(row_pieces(rows, 3))
+    found = [(index, row) for piece in yielded for index, part in piece for row in range(part.start, part.stop)]
     assert found == [(index, row) for index, count in enumerate(rows) for row in range(count)]
-    assert all(1 <= sum(part.stop - part.start for _, part in piece) <= limit for piece in pieces)
+    assert all(1 <= sum(part.stop - part.start for _, part in piece) <= limit for piece in yielded)
+
+
+def test_fewer_rows_of_a_wide_weight_are_worked_on_at_once() -> None:
+    ((_, narrow),), ((_, wide),) = next(row_pieces([10**6], 8192)), next(row_pieces([10**6], 8193))
+    assert narrow.stop * 8192 == pieces.SLAB_WEIGHTS
+    assert 0 <= pieces.SLAB_WEIGHTS // 2 - wide.stop * 8193 < 8193
 
 
 # --- regularisation that is found ----------------------------------------------------------------------------------
@@ -644,8 +651,8 @@ def test_the_output_error_of_a_tall_weight_is_that_of_evenly_spaced_rows(
     rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both, known = weights(11, 9, 3), measured(11)
-    monkeypatch.setattr(solver, "REPORTED_ROWS", 4)
-    monkeypatch.setattr(solver, "SLAB_WEIGHTS", (COLUMNS * rows_at_once,) * 2)
+    monkeypatch.setattr(pieces, "REPORTED_ROWS", 4)
+    monkeypatch.setattr(pieces, "SLAB_WEIGHTS", COLUMNS * rows_at_once)
     found = solve_site(both, known, chosen(), DTYPE).weights
     for weight, each, some in zip(both, found, ([0, 3, 6], [0, 1, 2]), strict=True):
         lost, whole = (

@@ -281,8 +281,9 @@ def test_every_level_is_gptaqs(
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize("columns", [1, 64, 65, 150])
-def test_every_level_is_gptaqs_whatever_the_columns_are_to_the_block(columns: int, ordered: bool) -> None:
+@pytest.mark.parametrize("columns", [1, 16, 17, 64, 65, 150])
+@pytest.mark.usefixtures("small_blocks")
+def test_every_level_is_gptaqs_whatever_the_columns_are_to_block_and_panel(columns: int, ordered: bool) -> None:
     case = mismatched(columns, 8, columns, size=0.3)
     grid = grid_of(case.weight, 3)
     factor = factorize(case.gram, 0.01, activation_order=ordered)

@@ -29,7 +29,8 @@ from covercal.quantization import (
 )
 from covercal.quantization_settings import PRESETS, Dtype, Quantization
 from covercal.quantizers.grid import GridSettings, min_max_grid
-from covercal.quantizers.solver import NOTHING_HELD_OUT, Solved, solve_site
+from covercal.quantizers.pieces import Solved
+from covercal.quantizers.solver import NOTHING_HELD_OUT, solve_site
 from tests.covercal.rounding import RoundingSettings, gptq
 from tests.covercal.walks import (
     POOL,
