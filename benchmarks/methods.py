@@ -1,13 +1,14 @@
 """Every method beside its control on the real model: KL, perplexity, seconds, bits.
 
 `python -m benchmarks.methods POOL.jsonl.gz [--bits 4 3 2 8] [--seeds 5] [--only NAME ...]
-[--cached-only] [--output FOLDER]`
+[--cached-only] [--given FILE] [--output FOLDER]`
 
 Calibration data: 64 random samples of 256 tokens from one pool of 512, a new draw for each seed; for MaCa and its
 control samples of 64, 128, 256 and 512 tokens with as many tokens in all. Methods that read no samples run once. The
 main number is the KL divergence of the original to the quantised model on held-out text, in nats per token, over 18
 sequences of 512 tokens from six domains. Seconds are the calibration passes' and the solver's, not the evaluation's.
-Cells come from the artifact store where it has them. Writes `methods.md`, `methods.json` and `methods.png`.
+Cells come from the artifact store where it has them. Those of `--given`, a `methods.json` of an earlier run, stand
+where there is none now; their seconds do not count. Writes `methods.md`, `methods.json` and `methods.png`.
 """
 
 import argparse
@@ -145,6 +146,7 @@ class Cell:
     average_bits: float
     megabytes: float
     domains: dict[str, float]
+    earlier: bool = False
 
 
 class Runner:
@@ -214,7 +216,7 @@ def table(rows: Sequence[Row], cells: Sequence[Cell], bits: int) -> Markdown:
                 _against(mine, by_row.get(row.control, []), row.control),
                 f"{np.mean([c.agreement for c in mine]):.1%}",
                 f"{np.mean([c.perplexity for c in mine]):.1f}",
-                f"{np.median([c.seconds for c in mine]):.0f}",
+                _seconds([c.seconds for c in mine if not c.earlier]),
                 f"{mine[0].average_bits:.2f}",
                 str(len(mine)),
             ]
@@ -222,6 +224,17 @@ def table(rows: Sequence[Row], cells: Sequence[Cell], bits: int) -> Markdown:
     title = f"W{bits} g64" if bits < 8 else "W8A8"
     columns = ["method", "KL", "minus control", "same top token", "perplexity", "seconds", "bits a weight", "runs"]
     return Markdown(title, columns, lines)
+
+
+def _seconds(found: Sequence[float]) -> str:
+    return f"{np.median(found):.0f}" if found else ""
+
+
+def with_earlier(cells: Sequence[Cell], path: Path) -> list[Cell]:
+    """Return cells with those of an earlier run that are not among them."""
+    found = {(cell.row, cell.bits, cell.seed) for cell in cells}
+    earlier = [Cell(**{**each, "earlier": True}) for each in json.loads(path.read_bytes())["cells"]]
+    return [*cells, *(cell for cell in earlier if (cell.row, cell.bits, cell.seed) not in found)]
 
 
 def _against(mine: Sequence[Cell], control: Sequence[Cell], name: str) -> str:
@@ -283,6 +296,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", nargs="+", help="names of methods")
     parser.add_argument("--cached-only", action="store_true")
+    parser.add_argument("--given", type=Path, help="`methods.json` of an earlier run")
     parser.add_argument("--output", type=Path, default=Path("methods"))
     given = parser.parse_args()
     console = Console(stderr=True)
@@ -290,13 +304,13 @@ def main() -> None:
     recipe = prepared(given.pool, given.model, store, console)
     runner = Runner(recipe, store, console, cached_only=given.cached_only)
     cells: list[Cell] = []
-    tables = []
-    for bits in given.bits:
-        rows = [row for row in (ROWS if bits < 8 else W8A8) if not row.bits or bits in row.bits]
-        for row in rows:
+    rows = {b: [row for row in (ROWS if b < 8 else W8A8) if not row.bits or b in row.bits] for b in given.bits}
+    for bits, some in rows.items():
+        for row in some:
             if not given.only or row.name in given.only:
                 cells += runner.cells(row, bits, given.seeds)
-        tables.append(table(rows, cells, bits))
+    cells = with_earlier(cells, given.given) if given.given else cells
+    tables = [table(some, cells, bits) for bits, some in rows.items()]
     given.output.mkdir(parents=True, exist_ok=True)
     text = "\n".join(str(each) for each in tables if each.lines)
     (given.output / "methods.md").write_text(text, encoding="utf-8")

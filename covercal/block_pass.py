@@ -90,6 +90,9 @@ class BlockPass:
         for site in self._sites:
             linear = linear_of(self._block, site.linears[0])
             self._gates.enter_context(replaced_forward(linear, _gate(site, linear, expert_of(self._block, site))))
+            for name in site.linears:
+                hook = linear_of(self._block, name).register_forward_hook(_noted(name))
+                self._gates.callback(hook.remove)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -119,6 +122,19 @@ class BlockPass:
             if not self._keep:
                 running.give_up()
 
+    def forget(self, site: Site) -> None:
+        """Let go of the weights that all passes, which wait before a site, have left behind.
+
+        They are then empty. Where passes begin anew for each site, nothing is left behind.
+        """
+        if not self._waiting or len(self._waiting) < len(self._batches):
+            return
+        computed = set.intersection(*(running.computed for running in self._waiting.values()))
+        for earlier in self._sites:
+            for name in computed.intersection(earlier.linears) if earlier.order < site.order else ():
+                weight = linear_of(self._block, name).weight
+                weight.data = weight.new_empty(0)
+
     def finish(self) -> HiddenStates:
         """Let all batches run to the end, and what leaves the block be what the stream holds; returns that."""
         for batch in self._batches:
@@ -137,6 +153,7 @@ class _Running(greenlet):
     def __init__(self, block: nn.Module, hidden: Tensor, arguments: BlockArguments) -> None:
         super().__init__(run_block)
         self.passed: set[int] = set()  # orders of the sites whose inputs were handed over
+        self.computed: set[str] = set()  # names of the linears that have computed
         self._call: tuple[Any, ...] = (block, hidden, arguments)
         self._stop: Read | Tensor | None = None
 
@@ -176,6 +193,17 @@ def _gate(site: Site, linear: nn.Module, expert: Expert | None) -> Callable[[Ten
         return result
 
     return forward
+
+
+def _noted(name: str) -> Callable[..., None]:
+    """Return a hook that notes that a linear has computed in the present pass."""
+
+    def note(*_: object) -> None:
+        here = getcurrent()
+        if isinstance(here, _Running):
+            here.computed.add(name)
+
+    return note
 
 
 def expert_of(block: nn.Module, site: Site) -> Expert | None:

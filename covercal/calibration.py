@@ -126,7 +126,15 @@ def round_parameters(module: nn.Module, storage_dtype: Dtype) -> None:
         parameter.data = parameter.data.to(DTYPES[storage_dtype]).to(parameter.dtype)
 
 
-def site_sums(site: Site, passing: BlockPass, original: BlockPass | None = None, *, wanted: Wanted) -> SiteSums:
+def site_sums(
+    site: Site,
+    passing: BlockPass,
+    original: BlockPass | None = None,
+    *,
+    wanted: Wanted,
+    weights: Sequence[Tensor] = (),
+    scale: Tensor | None = None,
+) -> SiteSums:
     """Sum what a site reads behind the finished sites before it.
 
     Parameters
@@ -136,14 +144,19 @@ def site_sums(site: Site, passing: BlockPass, original: BlockPass | None = None,
     original
         Of the original model's block over the same batches, when inputs are compared. Not with an expert's: its tokens
         are not the same in both models.
+    weights
+        See `SiteSums`.
+    scale
+        (channels,) by which the block's inputs are divided, and the original's are not.
     """
-    sums = SiteSums(site.channels, passing.device, wanted)
+    sums = SiteSums(site.channels, passing.device, wanted, weights)
     if original is None or passing.is_expert(site):
         for batch, read in passing.inputs(site):
             add_input(sums, read, batch)
         return sums
     for (batch, read), (_, reference) in zip(passing.inputs(site), original.inputs(site), strict=True):
-        add_input(sums, read, batch, reference.x)
+        x = reference.x.float()
+        add_input(sums, read, batch, x if scale is None else x / scale.float())
     return sums
 
 

@@ -5,6 +5,7 @@ multiple gives the same rounding: all regularisation is relative.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,7 @@ from covercal.quantizers.regularization import ledoit_wolf_share, off_diagonal_s
 
 WIDE_CHANNELS = 8192  # above it, sums are kept in float32: a float64 matrix alone would take more than half a gigabyte
 PANEL_COLUMNS = 2048  # of a product that is made before it is added
+PANEL_ROWS = 1024  # of a weight that is widened for a product
 SYMMETRIC_COLUMNS = 256  # of one that is symmetric, of which only what is at and below these columns' diagonal is made
 VALIDATION_EVERY = 4  # every fourth sequence validates
 BINS_PER_OCTAVE = 32
@@ -34,6 +36,8 @@ class Wanted:
         Mean, and largest, |x| of each channel.
     drift
         Cross products with the original model's inputs.
+    drift_energy
+        And how much those differ.
     histogram
         How often |x| is how large.
     gram
@@ -46,6 +50,7 @@ class Wanted:
     magnitude: bool = False
     peak: bool = False
     drift: bool = False
+    drift_energy: bool = False
     histogram: bool = False
 
 
@@ -65,6 +70,8 @@ class SiteStatistics:
         (channels,): mean (weighted) and largest |x|.
     drift, drift_energy
         (channels, channels): weighted means of dX X^T and dX dX^T, dX what the original model's inputs have more.
+    outputs_drift, outputs_drift_energy
+        In their place, where weights W of the site were given: W dX X^T, (rows, channels), and ||W dX||^2 of each.
     pool_energy
         (channels,): mean over the pool's tokens of x**2 at full precision.
     mean_square, concentration
@@ -86,6 +93,8 @@ class SiteStatistics:
     peak: Tensor | None = None
     drift: Tensor | None = None
     drift_energy: Tensor | None = None
+    outputs_drift: tuple[Tensor, ...] | None = None
+    outputs_drift_energy: tuple[float, ...] | None = None
     pool_energy: Tensor | None = None
     mean_square: float = math.nan
     concentration: float = math.nan
@@ -109,12 +118,14 @@ class SiteStatistics:
             training=narrowed(self.training),
             drift=narrowed(self.drift),
             drift_energy=narrowed(self.drift_energy),
+            outputs_drift=None if self.outputs_drift is None else tuple(each.float() for each in self.outputs_drift),
         )
 
     def scaled(self, scale: Tensor) -> "SiteStatistics":
         """Return the statistics of inputs that are divided by a scale (channels,).
 
-        The histogram, and the spread of the sequences, are not kept: they do not follow from what is known.
+        The histogram, the spread of the sequences, and what is known of the outputs, are not kept: they do not follow
+        from what is known.
         """
         outer = torch.outer(scale, scale)
 
@@ -131,6 +142,8 @@ class SiteStatistics:
             magnitude=over(self.magnitude, scale),
             peak=over(self.peak, scale),
             pool_energy=over(self.pool_energy, scale.square()),
+            outputs_drift=None,
+            outputs_drift_energy=None,
             mean_square=math.nan,
             concentration=math.nan,
             ledoit_wolf=math.nan,
@@ -150,15 +163,22 @@ class SiteSums:
         Where the inputs are.
     wanted
         What to sum.
+    weights
+        (rows, channels) of the site's linears. Where they have fewer rows than channels together, what is wanted of the
+        drift is summed as it appears in their outputs, which takes less memory and time.
     """
 
-    def __init__(self, channels: int, device: torch.device, wanted: Wanted) -> None:
+    def __init__(self, channels: int, device: torch.device, wanted: Wanted, weights: Sequence[Tensor] = ()) -> None:
         self._wanted = wanted
         self._dtype = torch.float32 if channels > WIDE_CHANNELS else torch.float64
         self._shape, self._device = (channels, channels), device
         self._total = self._matrix(wanted.gram)
         self._validation = self._matrix(wanted.validation)
-        self._drift, self._drift_energy = self._matrix(wanted.drift), self._matrix(wanted.drift)
+        self._weights = weights if wanted.drift and 0 < sum(map(len, weights)) < channels else ()
+        self._drift = self._matrix(wanted.drift and not self._weights)
+        self._drift_energy = self._matrix(wanted.drift_energy and not self._weights)
+        self._outputs_drift = tuple(torch.zeros(w.shape, dtype=self._dtype, device=device) for w in self._weights)
+        self._outputs_drift_energy = [0.0] * len(self._weights)
         self._absolute = torch.zeros(channels, dtype=torch.float64, device=device) if wanted.magnitude else None
         self._peak = torch.zeros(channels, dtype=torch.float32, device=device) if wanted.peak else None
         bins = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * BINS_PER_OCTAVE
@@ -188,10 +208,8 @@ class SiteSums:
         self._add_ends(flat, weight)
         if self._total is not None:
             self._add_products(by_sequence, flat, weight, first)
-        if original is not None and self._drift is not None and self._drift_energy is not None:
-            difference = original.float().reshape(flat.shape) - flat
-            add_product(self._drift, difference, flat, weight)
-            add_square(self._drift_energy, difference, weight)
+        if original is not None and self._wanted.drift:
+            self._add_drift(original.float().reshape(flat.shape) - flat, flat, weight)
         self._weight += weight * flat.shape[0]
         self.sequences += x.shape[0]
         self.tokens += flat.shape[0]
@@ -217,6 +235,8 @@ class SiteSums:
             peak=None if self._peak is None else self._peak.double(),
             drift=None if self._drift is None else self._drift.div_(whole),
             drift_energy=None if self._drift_energy is None else self._drift_energy.div_(whole),
+            outputs_drift=tuple(each.div_(whole) for each in self._outputs_drift) or None,
+            outputs_drift_energy=tuple(each / whole for each in self._outputs_drift_energy) or None,
             mean_square=mean_square,
             concentration=concentration,
             ledoit_wolf=share,
@@ -243,6 +263,18 @@ class SiteSums:
             positive = magnitude[magnitude > 0]
             bins = ((positive.log2() - LOWEST_OCTAVE) * BINS_PER_OCTAVE).floor_().clamp_(0, len(self._histogram) - 1)
             self._histogram += torch.bincount(bins.long(), minlength=len(self._histogram))
+
+    def _add_drift(self, difference: Tensor, flat: Tensor, weight: float) -> None:
+        if self._drift is not None:
+            add_product(self._drift, difference, flat, weight)
+        if self._drift_energy is not None:
+            add_square(self._drift_energy, difference, weight)
+        for index, (linear, total) in enumerate(zip(self._weights, self._outputs_drift, strict=True)):
+            for start in range(0, len(linear), PANEL_ROWS):
+                rows = slice(start, start + PANEL_ROWS)
+                outputs = difference @ linear[rows].float().T
+                total[rows].add_(outputs.T @ flat, alpha=weight)
+                self._outputs_drift_energy[index] += weight * float(outputs.square_().sum(dtype=torch.float64))
 
     def _add_products(self, by_sequence: Tensor, flat: Tensor, weight: float, first: int) -> None:
         """Add x x^T, one sequence at a time where sequences have to be told apart."""

@@ -318,7 +318,7 @@ def _enter(running: Calibration, resumed: Resumed) -> None:
 def _quantize_block(job: _Job, index: int, running: Calibration | None) -> QuantizedBlock:
     decoder, settings = job.decoder, job.settings
     block = decoder.own_block(index)
-    original = copy.deepcopy(block) if job.compares else None
+    original = _sharing(block) if job.compares else None
     round_parameters(block, job.storage_dtype)
     sites = decoder.block_sites(index)
     seen = _first_look(job, block, sites, running)
@@ -333,18 +333,42 @@ def _quantize_block(job: _Job, index: int, running: Calibration | None) -> Quant
     release_freed()
     with _passes(block, original, sites, running) as passes, keeping_less() if wide else nullcontext():
         for site in sites:
-            if wide:
-                release_freed()
             how = scaled.get(site.order, ScaledSite())
-            statistics = _site_statistics(job, site, passes, seen.get(site.order), how.scale).single()
-            if wide:
-                release_freed()
-            for linear, report in _quantize_site(job, block, site, statistics, how):
+            for linear, report in _site_done(job, block, site, passes, seen.get(site.order), how, wide=wide):
                 linears.append(linear)
                 reports.append(report)
         if passes and index + 1 < len(decoder.blocks):
             leaving = tuple(each.finish() for each in passes)
     return QuantizedBlock(index, tuple(linears), tuple(reports), _others(decoder, block, index, sites), leaving)
+
+
+def _site_done(
+    job: _Job,
+    block: nn.Module,
+    site: Site,
+    passes: tuple[BlockPass, ...],
+    seen: SiteStatistics | None,
+    scaled: ScaledSite,
+    *,
+    wide: bool,
+) -> Iterator[tuple[QuantizedLinear, LinearReport]]:
+    """Measure a site's inputs and quantise its linears, in as little memory as can be where a block is wide."""
+    if wide:
+        release_freed()
+    weights = [linear_of(block, name).weight.data for name in site.linears]
+    statistics = _site_statistics(job, site, passes, seen, scaled.scale, weights).single()
+    del weights  # or they are held when the first of them is quantised
+    for each in passes:
+        each.forget(site)
+    if wide:
+        release_freed()
+    yield from _quantize_site(job, block, site, statistics, scaled)
+
+
+def _sharing(block: nn.Module) -> nn.Module:
+    """Return a copy of a block that has its weights in common with it until one of the two is given others."""
+    shared = {id(each): nn.Parameter(each.data, requires_grad=False) for each in block.parameters()}
+    return copy.deepcopy(block, shared)
 
 
 @contextmanager
@@ -393,14 +417,16 @@ def _site_statistics(
     passes: tuple[BlockPass, ...],
     seen: SiteStatistics | None,
     scale: Tensor | None,
+    weights: Sequence[Tensor],
 ) -> SiteStatistics:
-    """Return what rounding a site reads of its inputs, which are divided by `scale` by now."""
+    """Return what rounding a site's weights reads of its inputs, which are divided by `scale` by now."""
     settings = job.settings
     if not passes or not job.sequential:
         if seen is None:
             seen = job.known(site) if settings.reads_inputs else SiteStatistics()
         return seen if scale is None else seen.scaled(scale)
-    found = site_sums(site, *passes, wanted=wanted_sums(settings)).statistics()
+    own = weights if settings.target.kind == "coreq" else ()  # GPTAQ goes by the inputs' drift itself
+    found = site_sums(site, *passes, wanted=wanted_sums(settings), weights=own, scale=scale).statistics()
     if not settings.reads_pool_gram and not settings.reads_statistics:
         return found
     known = job.known(site)
@@ -420,6 +446,7 @@ def wanted_sums(settings: Quantization) -> Wanted:
         spread=settings.reads_spread,
         magnitude=settings.damping.weights == "saliency",
         drift=settings.target.kind != "weights",
+        drift_energy=settings.target.kind == "coreq" and settings.target.alpha == "closed_form",
         histogram=settings.static_from_calibration,
     )
 

@@ -138,7 +138,9 @@ class Rounding(Choice):
         "sequential", description="sequential: GPTQ; beam: the best of several partial roundings of a row (K-CoreQ)"
     )
     width: int = Field(4, ge=1, description="partial roundings that a beam keeps")
-    polish: int = Field(0, ge=0, description="passes of coordinate descent afterwards")
+    polish: int = Field(
+        0, ge=0, description="passes of coordinate descent afterwards; where scales are fitted, before the last fit"
+    )
 
 
 class Salient(Choice):

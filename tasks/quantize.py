@@ -91,7 +91,7 @@ class PoolInputs:
 NO_POOL = PoolInputs()
 
 
-@cached("block", version=5, ignored=("imported", "device"), names={"dtype": "model.dtype"})
+@cached("block", version=6, ignored=("imported", "device"), names={"dtype": "model.dtype"})
 def quantize_block(
     build: Build,
     *,
@@ -120,7 +120,7 @@ def quantize_block(
 
 @cached(
     "checkpoint",
-    version=7,
+    version=8,
     ignored=("imported", "pool", "device"),
     names={"dtype": "model.dtype"},
 )

@@ -48,8 +48,11 @@ class Factor:
 
     def solve(self, matrix: Tensor) -> Tensor:
         """Return matrix @ H^-1, (rows, columns), columns in their natural order."""
+        ordered = matrix[:, self.columns].T
+        inner = torch.linalg.solve_triangular(self.lower, ordered, upper=False, unitriangular=True)
+        inner = inner.div_(self.roots.square()[:, None])
         found = torch.empty_like(matrix)
-        found[:, self.columns] = torch.cholesky_solve(matrix[:, self.columns].T, self.lower * self.roots).T
+        found[:, self.columns] = torch.linalg.solve_triangular(self.lower.mT, inner, upper=True, unitriangular=True).T
         return found
 
 
@@ -76,7 +79,7 @@ def factorize(
     weights
         (columns,), 1 on average; without them all channels are damped alike.
     shrinkage, towards
-        See `regularization.shrunk`.
+        See `regularization.regularized`.
 
     Raises
     ------

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from covercal.quantizers.levels import Levels
+from covercal.quantizers.regularization import Metric
 
 BLOCK_COLUMNS = 64
 
 
-def polish(target: Tensor, rounded: Tensor, gram: Tensor, levels: Levels, order: Tensor, passes: int) -> Tensor:
-    """Return a rounding whose loss ||W - Q||**2 in the metric of `gram` is at most that of `rounded`.
+def polish(target: Tensor, rounded: Tensor, metric: Metric, levels: Levels, order: Tensor, passes: int) -> Tensor:
+    """Return a rounding whose loss ||W - Q||**2 in the metric of `metric` is at most that of `rounded`.
 
     In each pass, column j moves to the level nearest to q_j - ((Q - W) H)_j / H_jj (CoreQ's optional passes, arXiv
     2602.05902; also QuIP's "greedy updates", 2307.13304).
@@ -18,8 +19,8 @@ def polish(target: Tensor, rounded: Tensor, gram: Tensor, levels: Levels, order:
     ----------
     target, rounded
         (columns, rows).
-    gram
-        (columns, columns), positive on the diagonal.
+    metric
+        Positive on the diagonal.
     levels
         What each weight may become.
     order
@@ -28,11 +29,11 @@ def polish(target: Tensor, rounded: Tensor, gram: Tensor, levels: Levels, order:
         How often all of them do.
     """
     current, difference = rounded.clone(), rounded - target
-    inverse = gram.diagonal().reciprocal().tolist()
+    inverse = metric.diagonal.reciprocal().tolist()
     for _ in range(passes):
         for start in range(0, len(order), BLOCK_COLUMNS):
             block = order[start : start + BLOCK_COLUMNS]
-            rows = gram[block]
+            rows = metric.rows(block)
             slope = rows @ difference  # of half the loss, (block, rows)
             shares, before = rows[:, block], current[block]
             found, change = torch.empty_like(before), torch.empty_like(before)

@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from covercal.quantizers.grid import Grid, representable
+from covercal.quantizers.regularization import Metric
 
 RIDGE = 1e-8  # relative to the mean diagonal: keeps groups apart whose codes are alike
 LARGEST_CHANGE = 3.0  # a step that would change by more stays as it is
 
 
-def refitted(target: Tensor, codes: Tensor, grid: Grid, gram: Tensor) -> Grid:
-    """Return the grid whose steps bring the rounded weight closest to the target in the metric of a Gram matrix.
+def refitted(target: Tensor, codes: Tensor, grid: Grid, metric: Metric) -> Grid:
+    """Return the grid whose steps bring the rounded weight closest to the target in the metric of a matrix H.
 
     With v_g the codes of group g less its zero point, a row is the sum over groups of s_g v_g, so that its loss
     (w - sum s_g v_g) H (w - sum s_g v_g)^T is quadratic in the steps s: they solve A s = b with A_gh = v_g H v_h^T and
@@ -24,16 +25,17 @@ def refitted(target: Tensor, codes: Tensor, grid: Grid, gram: Tensor) -> Grid:
         (rows, columns), less the zero point; 0 where a weight is not on the grid.
     grid
         The grid that the codes are of.
-    gram
-        (columns, columns).
+    metric
+        H.
     """
     rows, groups = grid.scale.shape
     size = codes.shape[1] // groups
+    places = torch.arange(codes.shape[1], device=codes.device)
     quadratic = codes.new_empty((rows, groups, groups), dtype=torch.float64)  # systems of codes that are alike
     linear = codes.new_empty((rows, groups), dtype=torch.float64)
     for group in range(groups):
         columns = slice(group * size, (group + 1) * size)
-        outputs = codes[:, columns] @ gram[columns]
+        outputs = codes[:, columns] @ metric.rows(places[columns])
         linear[:, group] = (outputs * target).sum(dim=1)
         quadratic[:, group] = outputs.mul_(codes).reshape(rows, groups, size).sum(dim=2)
     old = grid.scale.double()

@@ -32,22 +32,40 @@ class Regularization:
     gamma: float | None = None
 
 
-def shrunk(gram: Tensor, share: float, towards: Tensor | None = None) -> Tensor:
-    """Return (1 - share) H + share diag(H), or + share times another diagonal (columns,).
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A regularised Gram matrix, of which only the diagonal is held beside the Gram matrix itself.
 
-    Few calibration tokens know the diagonal far better than the rest.
+    Attributes
+    ----------
+    gram
+        (columns, columns).
+    share
+        By which what is off its diagonal is made smaller.
+    diagonal
+        (columns,), in place of its own.
     """
-    smaller = (1.0 - share) * gram
-    smaller.diagonal().copy_(shrunk_diagonal(gram, share, towards))
-    return smaller
+
+    gram: Tensor
+    share: float
+    diagonal: Tensor
+
+    def rows(self, columns: Tensor) -> Tensor:
+        """Return some rows of the regularised matrix, (columns asked for, columns)."""
+        found = self.gram[columns].mul_(1.0 - self.share)
+        found[torch.arange(len(columns), device=found.device), columns] = self.diagonal[columns]
+        return found
 
 
-def regularized(gram: Tensor, share: float, towards: Tensor | None, damping: float, weights: Tensor | None) -> Tensor:
-    """Return the matrix that `factorize` factorises, columns in their natural order."""
-    found = shrunk(gram, share, towards)
-    diagonal, _ = live_diagonal(found.diagonal())
-    found.diagonal().copy_(diagonal + damping * diagonal.mean() * (1.0 if weights is None else weights))
-    return found
+def regularized(gram: Tensor, share: float, towards: Tensor | None, damping: float, weights: Tensor | None) -> Metric:
+    """Return the matrix that `factorize` factorises, columns in their natural order.
+
+    That is (1 - share) H + share diag(H), or + share times another diagonal `towards` (columns,), for few calibration
+    tokens know the diagonal far better than the rest; then damping, relative to the mean of the diagonal and as
+    `weights` (columns,) has it.
+    """
+    diagonal, _ = live_diagonal(shrunk_diagonal(gram, share, towards))
+    return Metric(gram, share, diagonal + damping * diagonal.mean() * (1.0 if weights is None else weights))
 
 
 def ledoit_wolf_share(gram: Tensor, mean_square: float, concentration: float) -> float:

@@ -33,13 +33,14 @@ from covercal.quantizers.regularization import (
     GAMMAS,
     SALIENCY_DAMPINGS,
     SHRINKAGES,
+    Metric,
     Regularization,
     damping_weights,
     regularized,
 )
 from covercal.quantizers.salient import salient_grid, salient_mask
 from covercal.quantizers.sequential import round_sequentially
-from covercal.quantizers.targets import carried_drift, corrected_target, mismatch, reachable_share
+from covercal.quantizers.targets import carried_drift, corrected_target, reachable, reachable_share
 
 NOTHING_HELD_OUT = "nothing was validated: too few sequences to hold some out, so that the first candidate was taken"
 VALIDATED_ROWS = 128  # rows on which regularisation is validated
@@ -119,6 +120,8 @@ def check_inputs(weights: Sequence[Tensor], statistics: SiteStatistics, settings
         "drift": statistics.drift,
         "drift's Gram matrix": statistics.drift_energy,
     }
+    for number, drift in enumerate(statistics.outputs_drift or ()):
+        named[f"drift of output {number}"] = drift
     for name, matrix in named.items():
         if matrix is not None and not is_finite(matrix):
             raise QuantizationError(f"its {name} holds NaN or infinity")
@@ -147,8 +150,8 @@ class _Solver:
     ----------
     factor
         Of the regularised, damped Gram matrix.
-    gram
-        That matrix, for polishing and for fitting scales; None when neither is asked for.
+    metric
+        That matrix, for polishing and for fitting scales.
     drift
         GPTAQ's; None for other targets.
     scratch
@@ -156,7 +159,7 @@ class _Solver:
     """
 
     factor: Factor
-    gram: Tensor | None
+    metric: Metric
     drift: Tensor | None
     scratch: Tensor
 
@@ -170,11 +173,9 @@ def _solver(
     drift = None
     if settings.target.kind == "gptaq" and isinstance(settings.target.alpha, float):
         drift = carried_drift(_needed(statistics.drift, "the drift"), factor, settings.target.alpha)
-    damped = None
-    if settings.rounding.polish or settings.ranges.refit:
-        damped = regularized(gram, chosen.shrinkage, towards, factor.damping, weighting)
+    metric = regularized(gram, chosen.shrinkage, towards, factor.damping, weighting)
     total = sum(weight.numel() for weight in weights)
-    return _Solver(factor, damped, drift, gram.new_empty(min(slab_weights(len(gram)), total)))
+    return _Solver(factor, metric, drift, gram.new_empty(min(slab_weights(len(gram)), total)))
 
 
 def _diagonals(
@@ -274,20 +275,29 @@ def _stacked(parts: Iterable[Sequence[Any]]) -> Tensor | None:
     return torch.cat(kept) if kept else None
 
 
-def _target(weight: Tensor, alpha: float, job: _Job) -> Tensor:
+def _target(weight: Tensor, index: int, rows: slice, alpha: float, job: _Job) -> Tensor:
     if job.solver is None or job.settings.target.kind != "coreq":
         return weight
-    return corrected_target(weight, _needed(job.statistics.drift, "the drift"), job.solver.factor, alpha)
+    return corrected_target(weight, _outputs_drift(weight, index, rows, job), job.solver.factor, alpha)
+
+
+def _outputs_drift(weight: Tensor, index: int, rows: slice, job: _Job) -> Tensor:
+    """Return W D for some rows `weight` of the linear at a place."""
+    known = job.statistics.outputs_drift
+    return weight @ _needed(job.statistics.drift, "the drift") if known is None else known[index][rows]
 
 
 def _solve_pieces(weights: Sequence[Tensor], job: _Job) -> list[Pieces]:
     """Round some rows after others."""
     masks = [_mask(weight, job.settings) for weight in weights]
-    found = [Pieces(_alpha(weight, job)) for weight in weights]
+    found = [Pieces(_alpha(weight, index, job)) for index, weight in enumerate(weights)]
     width = job.settings.rounding.width if job.settings.rounding.kind == "beam" else 1
     for pieces in row_pieces([len(weight) for weight in weights], weights[0].shape[1], width):
         plain = [weights[index][rows].to(job.dtype) for index, rows in pieces]
-        targets = [_target(weight, found[index].alpha, job) for weight, (index, _) in zip(plain, pieces, strict=True)]
+        targets = [
+            _target(weight, index, rows, found[index].alpha, job)
+            for weight, (index, rows) in zip(plain, pieces, strict=True)
+        ]
         target = targets[0] if len(targets) == 1 else torch.cat(targets)
         mask = _stacked([masks[index], rows] for index, rows in pieces)
         start = 0
@@ -301,20 +311,22 @@ def _solve_pieces(weights: Sequence[Tensor], job: _Job) -> list[Pieces]:
 
 
 def _solve_rows(target: Tensor, mask: Tensor | None, job: _Job) -> tuple[Solved, Tensor]:
-    """Round some rows; returns them as a checkpoint keeps them, and their values."""
+    """Round some rows; returns them as a checkpoint keeps them, and their values.
+
+    Where scales are fitted, all is rounded again before every fit but the first, and polished before the last.
+    """
     plain = target if mask is None else torch.where(mask, 0.0, target)
     grid = _grid(plain, job.statistics, job.settings, job.grid)
     apart = salient_grid(target, mask, job.settings.salient.bits, job.grid) if mask is not None else None
     turned = target.T.contiguous()
-    rounded = _rounded(turned, Levels.of(grid, target.shape[1], apart), job.solver, job.settings).T.contiguous()
-    codes = grid.codes(rounded)
-    passes = job.settings.ranges.refit if job.solver is not None else 0
-    for number in range(passes):
-        grid = _refitted(target, rounded, codes, mask, grid, job.solver)
-        if number + 1 < passes:
-            rounded = _rounded(turned, Levels.of(grid, target.shape[1], apart), job.solver, job.settings).T.contiguous()
-            codes = grid.codes(rounded)
-    if passes:
+    fits = job.settings.ranges.refit if job.solver is not None else 0
+    for left in reversed(range(max(fits, 1))):
+        levels = Levels.of(grid, target.shape[1], apart)
+        rounded = _rounded(turned, levels, job.solver, job.settings, last=not left).T.contiguous()
+        codes = grid.codes(rounded)
+        if fits:
+            grid = _refitted(target, rounded, codes, mask, grid, job.solver)
+    if fits:
         values = grid.values(codes)
         rounded = values if mask is None else torch.where(mask, rounded, values)
     kept = None
@@ -328,14 +340,16 @@ def _refitted(
     target: Tensor, rounded: Tensor, codes: Tensor, mask: Tensor | None, grid: Grid, solver: _Solver | None
 ) -> Grid:
     """Return the grid fitted to the codes of the weights that are on it."""
-    gram = _needed(None if solver is None else solver.gram, "the regularised Gram matrix")
+    if solver is None:
+        raise ValueError("scales are fitted in the metric of a Gram matrix")
+    metric = solver.metric
     steps = codes.to(target.dtype) - grid.columns(codes.shape[1])[1]
     if mask is None:
-        return refitted(target, steps, grid, gram)
-    return refitted(torch.where(mask, target - rounded, target), steps.masked_fill(mask, 0.0), grid, gram)
+        return refitted(target, steps, grid, metric)
+    return refitted(torch.where(mask, target - rounded, target), steps.masked_fill(mask, 0.0), grid, metric)
 
 
-def _rounded(turned: Tensor, levels: Levels, solver: _Solver | None, settings: Quantization) -> Tensor:
+def _rounded(turned: Tensor, levels: Levels, solver: _Solver | None, settings: Quantization, *, last: bool) -> Tensor:
     rounding = settings.rounding
     if solver is None:
         return levels.all_nearest(turned)
@@ -345,9 +359,9 @@ def _rounded(turned: Tensor, levels: Levels, solver: _Solver | None, settings: Q
         rounded = round_sequentially(turned, solver.factor, levels, solver.drift, solver.scratch)
     else:
         rounded = levels.all_nearest(turned)
-    if solver.gram is None or not rounding.polish:
+    if not rounding.polish or not last:
         return rounded
-    return polish(turned, rounded, solver.gram, levels, solver.factor.order, rounding.polish)
+    return polish(turned, rounded, solver.metric, levels, solver.factor.order, rounding.polish)
 
 
 def _grid(weight: Tensor, statistics: SiteStatistics, settings: Quantization, grid_settings: GridSettings) -> Grid:
@@ -366,20 +380,21 @@ def _grid(weight: Tensor, statistics: SiteStatistics, settings: Quantization, gr
     return searched_grid(weight, grid_settings, factors, error).to(weight.dtype)
 
 
-def _alpha(weight: Tensor, job: _Job) -> float:
+def _alpha(weight: Tensor, index: int, job: _Job) -> float:
     """Return the target's alpha for a whole weight; NaN without a corrected target."""
     target, solver = job.settings.target, job.solver
     if solver is None or target.kind == "weights":
         return math.nan
     if target.alpha != "closed_form":
         return target.alpha
-    drift = _needed(job.statistics.drift, "the drift")
-    drift_energy = _needed(job.statistics.drift_energy, "the drift")
+    known = job.statistics.outputs_drift_energy
     reached = whole = 0.0
     for ((_, rows),) in row_pieces([len(weight)], weight.shape[1]):
-        sums = mismatch(weight[rows].to(job.dtype), drift, drift_energy, solver.factor)
-        reached, whole = reached + sums[0], whole + sums[1]
-    return reachable_share(reached, whole)
+        plain = weight[rows].to(job.dtype)
+        reached += reachable(_outputs_drift(plain, index, rows, job), solver.factor)
+        if known is None:
+            whole += float(energy(plain, _needed(job.statistics.drift_energy, "the drift's Gram matrix")))
+    return reachable_share(reached, whole if known is None else known[index])
 
 
 def weight_magnitude(weights: Sequence[Tensor]) -> Tensor:

@@ -14,32 +14,29 @@ from torch import Tensor
 from covercal.quantizers.factor import Factor
 
 
-def corrected_target(weight: Tensor, drift: Tensor, factor: Factor, alpha: float) -> Tensor:
+def corrected_target(weight: Tensor, outputs_drift: Tensor, factor: Factor, alpha: float) -> Tensor:
     """Return CoreQ's target W + alpha W D H^-1.
 
     Parameters
     ----------
-    weight
-        (rows, columns).
-    drift
-        (columns, columns): D, in the scaling of the Gram matrix.
+    weight, outputs_drift
+        (rows, columns): W, and W D in the scaling of the Gram matrix.
     factor
         Of the damped Gram matrix.
     """
-    return weight + alpha * factor.solve(weight @ drift)
+    return weight + alpha * factor.solve(outputs_drift)
 
 
-def mismatch(weight: Tensor, drift: Tensor, drift_energy: Tensor, factor: Factor) -> tuple[float, float]:
-    """Return <W D H^-1, W D> and ||W dX||^2: how much of the mismatch X_q can undo, and the whole.
+def reachable(outputs_drift: Tensor, factor: Factor) -> float:
+    """Return <W D H^-1, W D>: how much of the mismatch ||W dX||^2 X_q can undo.
 
-    Both are sums over rows, so that those of several parts of a weight may be added.
+    It is a sum over rows, so that those of several parts of a weight may be added.
     """
-    output = weight @ drift
-    return float((factor.solve(output) * output).sum()), float(((weight @ drift_energy) * weight).sum())
+    return float((factor.solve(outputs_drift) * outputs_drift).sum())
 
 
 def reachable_share(reached: float, whole: float) -> float:
-    """Return CoreQ's closed-form alpha for the two sums of `mismatch`, within [0, 1]; 0 when there is no mismatch.
+    """Return CoreQ's closed-form alpha for `reachable` and ||W dX||^2, within [0, 1]; 0 when there is no mismatch.
 
     With few tokens for many channels it is close to 1 whatever the mismatch is.
     """

@@ -12,6 +12,7 @@ from covercal.quantizers.factor import Factor, factorize
 from covercal.quantizers.grid import Grid, GridSettings, dequantize, min_max_grid
 from covercal.quantizers.levels import Levels
 from covercal.quantizers.pieces import Solved
+from covercal.quantizers.regularization import Metric
 from covercal.quantizers.salient import SalientGrid, salient_grid, salient_mask
 
 Floats = npt.NDArray[np.float64]
@@ -125,3 +126,13 @@ def is_level(rounded: Tensor, values: list[list[Floats]]) -> bool:
         for column in range(rounded.shape[0])
         for row in range(rounded.shape[1])
     )
+
+
+def plain_metric(gram: Tensor) -> Metric:
+    """Return a Gram matrix as it is."""
+    return Metric(gram, 0.0, gram.diagonal())
+
+
+def matrix_of(metric: Metric) -> Tensor:
+    """Return a regularised Gram matrix as a whole."""
+    return metric.rows(torch.arange(len(metric.diagonal)))

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from covercal.quantizers.factor import factorize
 from covercal.quantizers.grid import Grid, quantize
 from covercal.quantizers.levels import Levels
-from covercal.quantizers.regularization import shrunk
 from covercal.quantizers.sequential import round_sequentially
 
 
@@ -27,7 +27,9 @@ class Rounded:
 
 
 def gptq(weight: Tensor, gram: Tensor, grid: Grid, settings: RoundingSettings) -> Rounded:
-    factor = factorize(shrunk(gram, settings.shrinkage), settings.damping, activation_order=settings.activation_order)
+    whole, share = gram.clone(), settings.shrinkage
+    whole[~torch.eye(len(gram), dtype=torch.bool)] *= 1.0 - share
+    factor = factorize(whole, settings.damping, activation_order=settings.activation_order)
     rounded = round_sequentially(weight.T.contiguous(), factor, Levels.of(grid, weight.shape[1])).T
     codes = quantize(rounded, *grid.columns(weight.shape[1]), grid.settings.bits)
     return Rounded(codes, factor.damping, factor.attempts, factor.dead)

@@ -157,3 +157,53 @@ def test_an_error_inside_the_block_reaches_whoever_asked() -> None:
         assert len(list(passing.inputs(sites[0]))) == len(running.batches)
         with pytest.raises(ValueError, match="out of luck"):
             list(passing.inputs(sites[1]))
+
+
+@some_models
+def test_what_is_left_behind_can_be_forgotten(architecture: str) -> None:
+    decoder = make_decoder(tiny_model(architecture))
+    running, block, sites = calibration(decoder), decoder.own_block(0), decoder.block_sites(0)
+    expected = [run_block(block, h, b.arguments[0]) for h, b in zip(running.hidden, running.batches, strict=True)]
+    forgotten = {name for site in sites[:-1] for name in site.linears}
+    unreached = {site.linears for site in sites if expert_of(block, site) is not None}
+    with BlockPass(block, sites, running.hidden, running.batches, keep=True) as passing:
+        for site in sites:
+            list(passing.inputs(site))
+            passing.forget(site)
+            assert all(linear_of(block, name).weight.numel() for name in site.linears)
+        empty = {name for site in sites for name in site.linears if not linear_of(block, name).weight.numel()}
+        leaving = list(passing.finish())
+    assert all(torch.equal(a, b) for a, b in zip(leaving, expected, strict=True))
+    assert empty <= forgotten
+    assert {name.split(".")[-1] for name in empty} >= {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert unreached or empty == forgotten
+
+
+def test_a_linear_that_computes_behind_the_next_site_is_not_forgotten() -> None:
+    """As in blocks whose attention and feed-forward part read the same input."""
+    decoder = make_decoder(tiny_model())
+    running, block, (first, second, *_) = calibration(decoder), decoder.own_block(0), decoder.block_sites(0)
+    late = Site(0, first.order, (*first.linears, "mlp.down_proj"), first.channels)
+    with BlockPass(block, (late, second), running.hidden, running.batches, keep=True) as passing:
+        list(passing.inputs(second))
+        passing.forget(second)
+        assert [linear_of(block, name).weight.numel() > 0 for name in late.linears] == [False, False, False, True]
+
+
+def test_nothing_is_forgotten_where_passes_begin_anew() -> None:
+    decoder = make_decoder(tiny_model())
+    running, block, sites = calibration(decoder), decoder.own_block(0), decoder.block_sites(0)
+    with BlockPass(block, sites, running.hidden, running.batches, keep=False) as passing:
+        for site in sites:
+            list(passing.inputs(site))
+            passing.forget(site)
+    assert all(linear_of(block, name).weight.numel() for site in sites for name in site.linears)
+
+
+def test_nothing_is_forgotten_before_all_batches_have_come_by() -> None:
+    decoder = make_decoder(tiny_model())
+    running, block, sites = calibration(decoder), decoder.own_block(0), decoder.block_sites(0)
+    with BlockPass(block, sites, running.hidden, running.batches, keep=True) as passing:
+        next(passing.inputs(sites[1]))
+        passing.forget(sites[1])
+    assert all(linear_of(block, name).weight.numel() for site in sites for name in site.linears)

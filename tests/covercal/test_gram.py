@@ -11,7 +11,9 @@ from covercal import gram
 from covercal.gram import BINS_PER_OCTAVE, SiteStatistics, SiteSums, Wanted, bin_values
 
 CPU = torch.device("cpu")
-EVERYTHING = Wanted(validation=True, spread=True, magnitude=True, peak=True, drift=True, histogram=True)
+EVERYTHING = Wanted(
+    validation=True, spread=True, magnitude=True, peak=True, drift=True, drift_energy=True, histogram=True
+)
 
 
 def inputs(seed: int, sequences: int, length: int, channels: int) -> Tensor:
@@ -52,7 +54,7 @@ def test_the_gram_matrix_is_the_mean_over_tokens_of_the_products(
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 5, 8, 11])
-@pytest.mark.parametrize("wanted", [Wanted(drift=True), EVERYTHING])
+@pytest.mark.parametrize("wanted", [Wanted(drift=True, drift_energy=True), EVERYTHING])
 def test_panels_of_a_symmetric_sum_make_the_whole(
     channels: int, wanted: Wanted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,12 +172,55 @@ def test_magnitude_is_the_weighted_mean_and_peak_the_largest() -> None:
 
 def test_the_drift_is_the_products_of_the_difference() -> None:
     x, original = inputs(0, 2, 6, 5), inputs(1, 2, 6, 5)
-    sums = SiteSums(5, CPU, Wanted(drift=True))
+    sums = SiteSums(5, CPU, Wanted(drift=True, drift_energy=True))
     sums.add(x, original=original)
     found = sums.statistics()
     d, q = ((part.double()).reshape(-1, 5) for part in (original - x, x))
     close(found.drift, d.T @ q / 12)
     close(found.drift_energy, d.T @ d / 12)
+    assert found.outputs_drift is found.outputs_drift_energy is None
+
+
+@pytest.mark.parametrize("panel", [2, 3, 1024])
+@pytest.mark.parametrize("energy", [False, True])
+def test_of_narrow_weights_the_drift_is_summed_as_it_appears_in_their_outputs(
+    panel: int, energy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gram, "PANEL_ROWS", panel)
+    weights = [inputs(8, 1, 3, 9)[0], inputs(9, 1, 5, 9)[0].to(torch.bfloat16)]
+    plain, turned = (
+        SiteSums(9, CPU, Wanted(drift=True, drift_energy=True)),
+        SiteSums(9, CPU, Wanted(drift=True, drift_energy=energy), weights),
+    )
+    for number, weight in enumerate([1.0, 2.5]):
+        x, original = inputs(number, 2, 6, 9), inputs(number + 4, 2, 6, 9)
+        for sums in (plain, turned):
+            sums.add(x, weight=weight, original=original)
+    expected, found = plain.statistics(), turned.statistics()
+    assert found.drift is found.drift_energy is None
+    assert found.outputs_drift is not None
+    assert found.outputs_drift_energy is not None
+    assert expected.drift is not None
+    assert expected.drift_energy is not None
+    for weight, drift, size in zip(weights, found.outputs_drift, found.outputs_drift_energy, strict=True):
+        wide = weight.double()
+        close(drift, wide @ expected.drift)
+        assert size == pytest.approx(float((wide @ expected.drift_energy @ wide.T).trace()), rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [(9,), (5, 4), (20,)])
+def test_of_wide_weights_the_drift_is_summed_as_it_is(rows: tuple[int, ...]) -> None:
+    weights = [inputs(8, 1, count, 9)[0] for count in rows]
+    sums = SiteSums(9, CPU, Wanted(drift=True, drift_energy=True), weights)
+    sums.add(inputs(0, 2, 6, 9), original=inputs(1, 2, 6, 9))
+    found = sums.statistics()
+    assert found.outputs_drift is found.outputs_drift_energy is None
+    assert found.drift is not None
+
+
+def test_without_a_drift_weights_are_not_looked_at() -> None:
+    found = SiteSums(9, CPU, Wanted(), [torch.zeros(3, 9)]).statistics()
+    assert found.outputs_drift is None
 
 
 def test_the_histogram_counts_every_value_that_is_not_zero_in_a_bin_near_it() -> None:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from covercal.quantizers.polish import polish
 from covercal.quantizers.sequential import round_sequentially
-from tests.covercal.layers import Floats, Problem, is_level, problem, row_losses
+from tests.covercal.layers import Floats, Problem, is_level, plain_metric, problem, row_losses
 
 seeds = st.integers(0, 2**32 - 1)
 
 
 def polished(chosen: Problem, rounded: Tensor, passes: int = 1) -> Tensor:
-    return polish(chosen.target, rounded, chosen.gram, chosen.levels, chosen.factor.order, passes)
+    return polish(chosen.target, rounded, plain_metric(chosen.gram), chosen.levels, chosen.factor.order, passes)
 
 
 def nearest(chosen: Problem) -> Tensor:

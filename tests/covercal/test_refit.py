@@ -11,11 +11,14 @@ from torch import Tensor
 
 from covercal.gram import SiteStatistics
 from covercal.quantization_settings import Quantization
+from covercal.quantizers.factor import factorize
 from covercal.quantizers.grid import Grid
+from covercal.quantizers.levels import Levels
 from covercal.quantizers.pieces import Solved
+from covercal.quantizers.polish import polish
 from covercal.quantizers.refit import LARGEST_CHANGE, refitted
 from covercal.quantizers.solver import solve_site
-from tests.covercal.layers import Floats, by_column, damped, dense, grid_of, layer
+from tests.covercal.layers import Floats, by_column, damped, dense, grid_of, layer, plain_metric
 from tests.covercal.rounding import RoundingSettings, gptq
 
 seeds = st.integers(0, 2**32 - 1)
@@ -63,7 +66,7 @@ def test_the_steps_are_those_of_least_squares_on_the_outputs(
     bits: int, group_size: int | None, symmetric: bool
 ) -> None:
     target, gram, grid, steps = rounded(bits, bits, group_size, symmetric=symmetric)
-    found = refitted(target, steps, grid, gram).scale.numpy()
+    found = refitted(target, steps, grid, plain_metric(gram)).scale.numpy()
     expected = best_steps(target, steps, gram, grid.scale.shape[1])
     rows = within_bounds(expected, grid.scale)
     assert len(rows) >= 3
@@ -77,7 +80,7 @@ def test_no_rows_loss_rises(seed: int, bits: int, group_size: int | None, any_co
     if any_codes:
         codes = np.random.default_rng(seed).integers(0, 2**bits, size=steps.shape)
         steps = torch.from_numpy(codes) - grid.columns(24)[1]
-    found = refitted(target, steps, grid, gram)
+    found = refitted(target, steps, grid, plain_metric(gram))
     before, after = (losses(target, steps, each.scale, gram) for each in (grid, found))
     assert (after <= before * (1 + 1e-9)).all()
 
@@ -85,7 +88,7 @@ def test_no_rows_loss_rises(seed: int, bits: int, group_size: int | None, any_co
 @pytest.mark.parametrize("group_size", [None, 8])
 def test_most_rows_losses_fall(group_size: int | None) -> None:
     target, gram, grid, steps = rounded(0, 2, group_size, dtype=torch.bfloat16)
-    found = refitted(target, steps, grid, gram)
+    found = refitted(target, steps, grid, plain_metric(gram))
     before, after = (losses(target, steps, each.scale, gram) for each in (grid, found))
     assert np.mean(after < 0.99 * before) > 0.5
 
@@ -93,14 +96,14 @@ def test_most_rows_losses_fall(group_size: int | None) -> None:
 @dtypes
 def test_steps_are_representable_in_the_checkpoints_dtype(dtype: torch.dtype) -> None:
     target, gram, grid, steps = rounded(1, 3, 8, dtype=dtype)
-    found = refitted(target, steps, grid, gram).scale
+    found = refitted(target, steps, grid, plain_metric(gram)).scale
     assert not torch.equal(found, grid.scale)
     assert torch.equal(found.to(dtype).double(), found)
 
 
 def test_zero_points_and_settings_are_kept() -> None:
     target, gram, grid, steps = rounded(1, 3, 8)
-    found = refitted(target, steps, grid, gram)
+    found = refitted(target, steps, grid, plain_metric(gram))
     assert torch.equal(found.zero, grid.zero)
     assert found.settings == grid.settings
 
@@ -108,7 +111,7 @@ def test_zero_points_and_settings_are_kept() -> None:
 def test_a_group_whose_codes_are_all_at_the_zero_point_keeps_its_step() -> None:
     target, gram, grid, steps = rounded(2, 3, 8)
     steps[:, 8:16] = 0
-    found = refitted(target, steps, grid, gram).scale
+    found = refitted(target, steps, grid, plain_metric(gram)).scale
     assert torch.equal(found[:, 1], grid.scale[:, 1])
     assert not torch.equal(found[:, [0, 2]], grid.scale[:, [0, 2]])
 
@@ -116,7 +119,7 @@ def test_a_group_whose_codes_are_all_at_the_zero_point_keeps_its_step() -> None:
 def test_a_group_at_its_zero_point_does_not_disturb_the_others() -> None:
     target, gram, grid, steps = rounded(2, 3, 8)
     steps[:, 8:16] = 0
-    found = refitted(target, steps, grid, gram).scale.numpy()[:, [0, 2]]
+    found = refitted(target, steps, grid, plain_metric(gram)).scale.numpy()[:, [0, 2]]
     others = torch.cat([steps[:, :8], steps[:, 16:]], dim=1)
     live = torch.tensor([*range(8), *range(16, 24)])
     # what the outputs lose with the middle group, the other two make good: the best weights of theirs alone
@@ -130,51 +133,51 @@ def test_a_group_at_its_zero_point_does_not_disturb_the_others() -> None:
 def test_a_row_of_zeros_keeps_its_steps() -> None:
     target, gram, grid, steps = rounded(2, 3, 8)
     target[3], steps[3] = 0, 0
-    found = refitted(target, steps, grid, gram)
+    found = refitted(target, steps, grid, plain_metric(gram))
     assert torch.equal(found.scale[3], grid.scale[3])
 
 
 def test_steps_that_are_the_best_already_are_kept() -> None:
     _, gram, grid, steps = rounded(3, 3, 8, dtype=torch.bfloat16)
     target = steps * torch.from_numpy(by_column(grid.scale, 24))
-    assert torch.equal(refitted(target, steps, grid, gram).scale, grid.scale)
+    assert torch.equal(refitted(target, steps, grid, plain_metric(gram)).scale, grid.scale)
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.9, 1.1, 2.0])
 def test_a_weight_on_a_grid_of_other_steps_is_found_again(factor: float) -> None:
     _, gram, grid, steps = rounded(3, 3, 8)
     target = steps * torch.from_numpy(by_column(grid.scale, 24)) * factor
-    np.testing.assert_allclose(refitted(target, steps, grid, gram).scale, factor * grid.scale, rtol=1e-6)
+    np.testing.assert_allclose(refitted(target, steps, grid, plain_metric(gram)).scale, factor * grid.scale, rtol=1e-6)
 
 
 @pytest.mark.parametrize("factor", [-1.0, 0.0, 0.3, 3.1])
 def test_a_step_that_would_change_too_much_or_turn_round_stays(factor: float) -> None:
     _, gram, grid, steps = rounded(3, 3, 8)
     target = steps * torch.from_numpy(by_column(grid.scale, 24)) * factor
-    assert torch.equal(refitted(target, steps, grid, gram).scale, grid.scale)
+    assert torch.equal(refitted(target, steps, grid, plain_metric(gram)).scale, grid.scale)
 
 
 def test_rows_do_not_influence_each_other() -> None:
     target, gram, grid, steps = rounded(4, 3, 8)
     rows = torch.tensor([4, 1])
     some = replace(grid, scale=grid.scale[rows], zero=grid.zero[rows])
-    alone = refitted(target[rows], steps[rows], some, gram).scale
-    torch.testing.assert_close(alone, refitted(target, steps, grid, gram).scale[rows], rtol=1e-6, atol=0)
+    alone = refitted(target[rows], steps[rows], some, plain_metric(gram)).scale
+    torch.testing.assert_close(alone, refitted(target, steps, grid, plain_metric(gram)).scale[rows], rtol=1e-6, atol=0)
 
 
 @settings(deadline=None, max_examples=20)
 @given(seeds, st.sampled_from([2.0**-30, 2.0**20]))
 def test_the_size_of_the_gram_matrix_does_not_matter(seed: int, factor: float) -> None:
     target, gram, grid, steps = rounded(seed, 3, 8)
-    found = refitted(target, steps, grid, gram * factor).scale
-    assert torch.equal(found, refitted(target, steps, grid, gram).scale)
+    found = refitted(target, steps, grid, plain_metric(gram * factor)).scale
+    assert torch.equal(found, refitted(target, steps, grid, plain_metric(gram)).scale)
 
 
 def test_nothing_that_is_given_is_changed() -> None:
     target, gram, grid, steps = rounded(5, 3, 8)
     given_tensors = (target, gram, grid.scale, grid.zero, steps)
     kept = [each.clone() for each in given_tensors]
-    refitted(target, steps, grid, gram)
+    refitted(target, steps, grid, plain_metric(gram))
     assert all(torch.equal(a, b) for a, b in zip(given_tensors, kept, strict=True))
 
 
@@ -204,14 +207,18 @@ def site_loss(weight: Tensor, known: SiteStatistics, found: Solved) -> float:
     return float(np.einsum("ri,ij,rj->", error, damped(known.gram, 0.01).numpy(), error))
 
 
-def by_hand(weight: Tensor, known: SiteStatistics, passes: int) -> tuple[Tensor, Tensor]:
+def by_hand(weight: Tensor, known: SiteStatistics, passes: int, polished: int = 0) -> tuple[Tensor, Tensor]:
     """Return codes and steps of GPTQ, with scales fitted after each rounding of the weight."""
     assert known.gram is not None
-    grid = grid_of(weight, 3, SITE_GROUP, dtype=torch.bfloat16)
+    grid, metric = grid_of(weight, 3, SITE_GROUP, dtype=torch.bfloat16), plain_metric(damped(known.gram, 0.01))
+    order = factorize(known.gram, 0.01, activation_order=True).order
     codes = weight
-    for _ in range(passes):
+    for number in range(passes):
         codes = gptq(weight, known.gram, grid, RoundingSettings()).codes
-        grid = refitted(weight, codes - grid.columns(SITE_COLUMNS)[1], grid, damped(known.gram, 0.01))
+        if polished and number + 1 == passes:
+            levels = Levels.of(grid, SITE_COLUMNS)
+            codes = grid.codes(polish(weight.T, grid.values(codes).T, metric, levels, order, polished).T)
+        grid = refitted(weight, codes - grid.columns(SITE_COLUMNS)[1], grid, metric)
     return codes.to(torch.uint8), grid.scale
 
 
@@ -296,6 +303,16 @@ def test_fitting_in_the_metric_of_a_diagonal_reads_no_other_channel(rounding: st
     )
     assert torch.equal(shrunk.codes, plain.codes)
     assert torch.equal(shrunk.scale, plain.scale)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_only_the_last_rounding_is_polished(passes: int) -> None:
+    weight, known = site(5)
+    found = solved(weight, known, passes, rounding={"kind": "sequential", "polish": 2})
+    codes, scale = by_hand(weight, known, passes, polished=2)
+    assert torch.equal(found.codes, codes)
+    assert torch.equal(found.scale.double(), scale)
+    assert not torch.equal(codes, by_hand(weight, known, passes)[0])
 
 
 def test_polishing_goes_before_fitting() -> None:

@@ -18,15 +18,18 @@ from covercal.quantizers.regularization import (
     off_diagonal_square,
     regularized,
     saliency,
-    shrunk,
 )
-from tests.covercal.layers import Floats, layer
+from tests.covercal.layers import Floats, layer, matrix_of
 
 seeds = st.integers(0, 2**32 - 1)
 
 
 def positive(seed: int, count: int) -> Tensor:
     return torch.from_numpy(np.exp(np.random.default_rng(seed).normal(size=count)))
+
+
+def shrunk(gram: Tensor, share: float, towards: Tensor | None = None) -> Tensor:
+    return matrix_of(regularized(gram, share, towards, 0.0, None))
 
 
 # --- shrinkage -----------------------------------------------------------------------------------------------------
@@ -108,7 +111,9 @@ def test_a_matrix_is_shrunk_first_and_damped_then(
     _, gram = layer(2, 1, 12)
     gram[dead], gram[:, dead] = 0, 0
     expected = by_hand(gram, share, towards, damping, weights)
-    np.testing.assert_allclose(regularized(gram, share, towards, damping, weights).numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        matrix_of(regularized(gram, share, towards, damping, weights)).numpy(), expected, rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("ordered", [False, True])

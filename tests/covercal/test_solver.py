@@ -428,6 +428,38 @@ def test_the_alphas_of_two_weights_differ() -> None:
     assert first != second
 
 
+@pytest.mark.parametrize("slab", [8, 1000])
+@pytest.mark.parametrize("alpha", [None, 0.5])
+def test_coreq_may_know_the_drift_of_the_outputs_instead_of_the_inputs(
+    alpha: float | None, slab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, known = weights(6, 8, 5), measured(6)
+    assert known.drift is not None
+    energies = tuple(float(np.einsum("ri,ij,rj->", w, known.drift_energy, w)) for w in both)
+    outputs = replace(
+        known,
+        drift=None,
+        drift_energy=None,
+        outputs_drift=tuple(weight @ known.drift for weight in both),
+        outputs_drift_energy=energies,
+    )
+    preset = chosen(target={"kind": "coreq", "alpha": "closed_form" if alpha is None else alpha})
+    expected = solve_site(both, known, preset, DTYPE).weights
+    monkeypatch.setattr(pieces, "SLAB_WEIGHTS", slab * COLUMNS)
+    for one, other in zip(solve_site(both, outputs, preset, DTYPE).weights, expected, strict=True):
+        assert same(one, other)
+        assert one.alpha == pytest.approx(other.alpha, rel=1e-12)
+
+
+def test_a_drift_of_the_outputs_that_is_not_finite_is_named() -> None:
+    both, known = weights(6, 8, 5), measured(6)
+    drifts = [torch.zeros_like(weight) for weight in both]
+    drifts[1][2, 3] = math.nan
+    known = replace(known, drift=None, drift_energy=None, outputs_drift=tuple(drifts), outputs_drift_energy=(0.0, 0.0))
+    with pytest.raises(QuantizationError, match=r"^its drift of output 1 holds NaN or infinity$"):
+        solve_site(both, known, chosen("coreq"), DTYPE)
+
+
 def test_coreq_without_a_mismatch_is_gptq_with_alpha_0() -> None:
     (weight,), known = weights(6, 8), measured(6)
     none = torch.zeros_like(gram_of(known))

@@ -16,7 +16,7 @@ from covercal.quantizers.factor import Factor, factorize
 from covercal.quantizers.grid import Grid
 from covercal.quantizers.levels import Levels
 from covercal.quantizers.sequential import round_sequentially
-from covercal.quantizers.targets import carried_drift, corrected_target, mismatch, reachable_share
+from covercal.quantizers.targets import carried_drift, corrected_target, reachable, reachable_share
 from tests.covercal.layers import Floats, by_column, damped, grid_of, layer
 
 seeds = st.integers(0, 2**32 - 1)
@@ -39,8 +39,12 @@ class Mismatched:
         return torch.from_numpy(self.dx @ self.inputs.T)
 
     @property
-    def drift_energy(self) -> Tensor:
-        return torch.from_numpy(self.dx @ self.dx.T)
+    def outputs_drift(self) -> Tensor:
+        return self.weight @ self.drift
+
+    @property
+    def outputs_energy(self) -> float:
+        return float(np.square(self.weight.numpy() @ self.dx).sum())
 
     def loss(self, rounded: Tensor) -> float:
         """Return ||W X_f - Q X_q||^2."""
@@ -154,14 +158,14 @@ def test_the_corrected_target_is_its_formula_with_an_inverse(alpha: float, dampi
     factor = factorize(case.gram, damping, activation_order=ordered)
     weight, drift = case.weight.numpy(), case.drift.numpy()
     expected = weight + alpha * weight @ drift @ np.linalg.inv(damped(case.gram, damping).numpy())
-    found = corrected_target(case.weight, case.drift, factor, alpha).numpy()
+    found = corrected_target(case.weight, case.outputs_drift, factor, alpha).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_with_alpha_0_the_target_is_the_weight() -> None:
     case = mismatched(1, 7, 40)
     factor = factorize(case.gram, 0.01, activation_order=True)
-    assert torch.equal(corrected_target(case.weight, case.drift, factor, 0.0), case.weight)
+    assert torch.equal(corrected_target(case.weight, case.outputs_drift, factor, 0.0), case.weight)
 
 
 @settings(deadline=None, max_examples=30)
@@ -170,7 +174,7 @@ def test_every_rounding_is_as_far_from_the_target_as_from_the_interpolated_outpu
     seed: int, alpha: float
 ) -> None:
     case = mismatched(seed, 4, 20, tokens=80)
-    target = corrected_target(case.weight, case.drift, factorize(case.gram, 0.0, activation_order=True), alpha)
+    target = corrected_target(case.weight, case.outputs_drift, factorize(case.gram, 0.0, activation_order=True), alpha)
     wanted = case.weight.numpy() @ (case.inputs + alpha * case.dx)
     generator = np.random.default_rng(seed)
     constants = []
@@ -187,7 +191,9 @@ def test_with_alpha_1_and_no_damping_the_target_is_the_least_squares_fit_to_the_
     output = case.weight.numpy() @ (case.inputs + case.dx)
     fitted = np.linalg.lstsq(case.inputs.T, output.T, rcond=None)[0].T
     factor = factorize(case.gram, 0.0, activation_order=True)
-    np.testing.assert_allclose(corrected_target(case.weight, case.drift, factor, 1.0).numpy(), fitted, rtol=1e-8)
+    np.testing.assert_allclose(
+        corrected_target(case.weight, case.outputs_drift, factor, 1.0).numpy(), fitted, rtol=1e-8
+    )
 
 
 # --- how much can be undone ----------------------------------------------------------------------------------------
@@ -195,7 +201,7 @@ def test_with_alpha_1_and_no_damping_the_target_is_the_least_squares_fit_to_the_
 
 def share(case: Mismatched, damping: float = 0.0) -> float:
     factor = factorize(case.gram, damping, activation_order=True)
-    return reachable_share(*mismatch(case.weight, case.drift, case.drift_energy, factor))
+    return reachable_share(reachable(case.outputs_drift, factor), case.outputs_energy)
 
 
 @settings(deadline=None, max_examples=30)
@@ -250,12 +256,11 @@ def test_what_rounding_pushes_out_of_the_bounds_is_put_back(reached: float, whol
     assert reachable_share(reached, whole) == expected
 
 
-def test_the_mismatch_of_a_weight_is_the_sum_of_its_parts() -> None:
+def test_what_is_reachable_for_a_weight_is_the_sum_of_its_parts() -> None:
     case = mismatched(4, 9, 24)
     factor = factorize(case.gram, 0.01, activation_order=True)
-    whole = mismatch(case.weight, case.drift, case.drift_energy, factor)
-    parts = [mismatch(part, case.drift, case.drift_energy, factor) for part in case.weight.split([1, 5, 3])]
-    assert tuple(map(sum, zip(*parts, strict=True))) == pytest.approx(whole, rel=1e-12)
+    parts = [reachable(part, factor) for part in case.outputs_drift.split([1, 5, 3])]
+    assert sum(parts) == pytest.approx(reachable(case.outputs_drift, factor), rel=1e-12)
 
 
 # --- GPTAQ ---------------------------------------------------------------------------------------------------------
@@ -311,7 +316,7 @@ def test_rounding_the_corrected_target_loses_less_of_the_original_output_than_gp
     plain = case.loss(rounded(case.weight, factor, grid))
     carried = case.loss(rounded(case.weight, factor, grid, carried_drift(case.drift, factor, 0.25)))
     for alpha in (1.0, share(case, 0.01)):
-        target = corrected_target(case.weight, case.drift, factor, alpha)
+        target = corrected_target(case.weight, case.outputs_drift, factor, alpha)
         assert case.loss(rounded(target, factor, grid)) < carried < plain
 
 
@@ -321,6 +326,6 @@ def test_for_a_small_mismatch_the_corrected_target_loses_less_on_average(bits: i
     for seed in range(12):
         case = mismatched(seed, 16, 32, size=0.03)
         grid, factor = grid_of(case.weight, bits, 8), factorize(case.gram, 0.01, activation_order=True)
-        target = corrected_target(case.weight, case.drift, factor, 1.0)
+        target = corrected_target(case.weight, case.outputs_drift, factor, 1.0)
         ratios.append(case.loss(rounded(target, factor, grid)) / case.loss(rounded(case.weight, factor, grid)))
     assert np.mean(ratios) < 1

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from covercal import quantization
 from covercal.decoder import Decoder, make_decoder, token_tensor
 from covercal.errors import QuantizationError
 from covercal.gram import SiteStatistics
@@ -504,3 +505,27 @@ def test_the_order_of_sequences_of_one_length_does_not_matter(method: str) -> No
     plain, turned = (linears_of(walk(choices(method), samples)) for samples in (EQUAL, EQUAL[::-1]))
     agreement = [(plain[name].codes == turned[name].codes).double().mean() for name in plain]
     assert min(agreement) > 0.97  # sums of float32 products differ in their last bits
+
+
+# --- scaled inputs beside the original's ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("search", ["awq", "smooth"])
+@pytest.mark.parametrize("kind", ["coreq", "gptaq"])
+def test_the_originals_inputs_are_compared_in_the_scale_of_the_quantised_ones(
+    search: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first site nothing is quantised yet: scaled or not, both models read the same."""
+    seen: list[SiteStatistics] = []
+
+    def noted(modules: Any, statistics: SiteStatistics, *rest: Any) -> Any:
+        seen.append(statistics)
+        return solve_site(modules, statistics, *rest)
+
+    monkeypatch.setattr(quantization, "solve_site", noted)
+    alpha = {"alpha": 0.5} if kind == "gptaq" else {}
+    walk(choices(scaling=search, target={"kind": kind, **alpha}))
+    first = seen[0]
+    assert first.drift is not None
+    assert first.gram is not None
+    assert float(first.drift.abs().max()) < 1e-5 * float(first.gram.diagonal().max())
