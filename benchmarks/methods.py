@@ -218,7 +218,7 @@ def table(rows: Sequence[Row], cells: Sequence[Cell], bits: int) -> Markdown:
                 f"{np.mean([c.perplexity for c in mine]):.1f}",
                 _seconds([c.seconds for c in mine if not c.earlier]),
                 f"{mine[0].average_bits:.2f}",
-                str(len(mine)),
+                _runs(mine),
             ]
         )
     title = f"W{bits} g64" if bits < 8 else "W8A8"
@@ -228,6 +228,11 @@ def table(rows: Sequence[Row], cells: Sequence[Cell], bits: int) -> Markdown:
 
 def _seconds(found: Sequence[float]) -> str:
     return f"{np.median(found):.0f}" if found else ""
+
+
+def _runs(cells: Sequence[Cell]) -> str:
+    earlier = sum(cell.earlier for cell in cells)
+    return f"{len(cells)} ({earlier} earlier)" if earlier else str(len(cells))
 
 
 def with_earlier(cells: Sequence[Cell], path: Path) -> list[Cell]:

@@ -84,6 +84,7 @@ class BlockPass:
     ) -> None:
         self._block, self._sites, self._stream, self._batches, self._keep = block, sites, stream, batches, keep
         self._waiting: dict[int, _Running] = {}
+        self._emptied: set[str] = set()
         self._gates = ExitStack()
 
     def __enter__(self) -> Self:
@@ -123,17 +124,19 @@ class BlockPass:
                 running.give_up()
 
     def forget(self, site: Site) -> None:
-        """Let go of the weights that all passes, which wait before a site, have left behind.
+        """Empty the weights of the linears of earlier sites that have computed in every batch's pass.
 
-        They are then empty. Where passes begin anew for each site, nothing is left behind.
+        They take no memory any more, and the block cannot be run again. Where passes begin anew for each site, nothing
+        is emptied.
         """
         if not self._waiting or len(self._waiting) < len(self._batches):
             return
-        computed = set.intersection(*(running.computed for running in self._waiting.values()))
-        for earlier in self._sites:
-            for name in computed.intersection(earlier.linears) if earlier.order < site.order else ():
-                weight = linear_of(self._block, name).weight
-                weight.data = weight.new_empty(0)
+        earlier = {name for each in self._sites if each.order < site.order for name in each.linears} - self._emptied
+        computed = earlier.intersection(*(running.computed for running in self._waiting.values()))
+        for name in computed:
+            weight = linear_of(self._block, name).weight
+            weight.data = weight.new_empty(0)
+        self._emptied |= computed
 
     def finish(self) -> HiddenStates:
         """Let all batches run to the end, and what leaves the block be what the stream holds; returns that."""

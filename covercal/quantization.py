@@ -30,7 +30,7 @@ from covercal.gram import SiteStatistics, Wanted
 from covercal.hidden_states import HiddenStates, aligned
 from covercal.input_scaling import ScaledSite, scale_block
 from covercal.memory import keeping_less, release_freed
-from covercal.quantization_settings import Dtype, Quantization
+from covercal.quantization_settings import Dtype, Quantization, Target
 from covercal.quantizers.pieces import Solved
 from covercal.quantizers.solver import SolvedSite, solve_site
 
@@ -334,7 +334,7 @@ def _quantize_block(job: _Job, index: int, running: Calibration | None) -> Quant
     with _passes(block, original, sites, running) as passes, keeping_less() if wide else nullcontext():
         for site in sites:
             how = scaled.get(site.order, ScaledSite())
-            for linear, report in _site_done(job, block, site, passes, seen.get(site.order), how, wide=wide):
+            for linear, report in _take_site(job, block, site, passes, seen.get(site.order), how, wide=wide):
                 linears.append(linear)
                 reports.append(report)
         if passes and index + 1 < len(decoder.blocks):
@@ -342,7 +342,7 @@ def _quantize_block(job: _Job, index: int, running: Calibration | None) -> Quant
     return QuantizedBlock(index, tuple(linears), tuple(reports), _others(decoder, block, index, sites), leaving)
 
 
-def _site_done(
+def _take_site(
     job: _Job,
     block: nn.Module,
     site: Site,
@@ -355,9 +355,7 @@ def _site_done(
     """Measure a site's inputs and quantise its linears, in as little memory as can be where a block is wide."""
     if wide:
         release_freed()
-    weights = [linear_of(block, name).weight.data for name in site.linears]
-    statistics = _site_statistics(job, site, passes, seen, scaled.scale, weights).single()
-    del weights  # or they are held when the first of them is quantised
+    statistics = _site_statistics(job, block, site, passes, seen, scaled.scale).single()
     for each in passes:
         each.forget(site)
     if wide:
@@ -413,11 +411,11 @@ def _first_look(
 
 def _site_statistics(
     job: _Job,
+    block: nn.Module,
     site: Site,
     passes: tuple[BlockPass, ...],
     seen: SiteStatistics | None,
     scale: Tensor | None,
-    weights: Sequence[Tensor],
 ) -> SiteStatistics:
     """Return what rounding a site's weights reads of its inputs, which are divided by `scale` by now."""
     settings = job.settings
@@ -425,8 +423,12 @@ def _site_statistics(
         if seen is None:
             seen = job.known(site) if settings.reads_inputs else SiteStatistics()
         return seen if scale is None else seen.scaled(scale)
-    own = weights if settings.target.kind == "coreq" else ()  # GPTAQ goes by the inputs' drift itself
-    found = site_sums(site, *passes, wanted=wanted_sums(settings), weights=own, scale=scale).statistics()
+    wanted, weights = wanted_sums(settings), list[Tensor]()
+    if expert_of(block, site) is not None:
+        wanted = replace(wanted, drift=False, drift_energy=False)
+    elif settings.target.kind == "coreq":  # GPTAQ goes by the inputs' drift itself
+        weights = [linear_of(block, name).weight.data for name in site.linears]
+    found = site_sums(site, *passes, wanted=wanted, weights=weights, scale=scale).statistics()
     if not settings.reads_pool_gram and not settings.reads_statistics:
         return found
     known = job.known(site)
@@ -452,16 +454,27 @@ def wanted_sums(settings: Quantization) -> Wanted:
 
 
 def blended(found: SiteStatistics, known: SiteStatistics, share: float) -> SiteStatistics:
-    """Return the statistics of calibration inputs with a share of each matrix taken from the pool's."""
+    """Return the statistics of calibration inputs with a share of each matrix taken from the pool's.
+
+    The pool's part has no drift: its inputs are the original model's.
+    """
+    rest = 1.0 - share
 
     def mix(own: Tensor | None, pool: Tensor | None) -> Tensor | None:
-        return own if own is None or pool is None else (1.0 - share) * own + share * pool.to(own.dtype)
+        return own if own is None or pool is None else rest * own + share * pool.to(own.dtype)
+
+    def part(own: Tensor | None) -> Tensor | None:
+        return None if own is None else rest * own
 
     return replace(
         found,
         gram=mix(found.gram, known.gram),
         training=mix(found.training, known.training),
         validation=mix(found.validation, known.validation),
+        drift=part(found.drift),
+        drift_energy=part(found.drift_energy),
+        outputs_drift=found.outputs_drift and tuple(rest * each for each in found.outputs_drift),
+        outputs_drift_energy=found.outputs_drift_energy and tuple(rest * each for each in found.outputs_drift_energy),
     )
 
 
@@ -483,6 +496,7 @@ def _quantize_site(
         )
     elif is_expert and settings.target.kind != "weights":
         note = f"target {settings.target.kind} left out: an expert's tokens are not the same in both models"
+        settings = settings.model_copy(update={"target": Target()})
     try:
         solved = solve_site([m.weight.data for m in modules], statistics, settings, DTYPES[job.storage_dtype])
     except QuantizationError as cause:

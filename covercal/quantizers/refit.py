@@ -30,12 +30,11 @@ def refitted(target: Tensor, codes: Tensor, grid: Grid, metric: Metric) -> Grid:
     """
     rows, groups = grid.scale.shape
     size = codes.shape[1] // groups
-    places = torch.arange(codes.shape[1], device=codes.device)
     quadratic = codes.new_empty((rows, groups, groups), dtype=torch.float64)  # systems of codes that are alike
     linear = codes.new_empty((rows, groups), dtype=torch.float64)
     for group in range(groups):
         columns = slice(group * size, (group + 1) * size)
-        outputs = codes[:, columns] @ metric.rows(places[columns])
+        outputs = metric.product(codes[:, columns], columns)
         linear[:, group] = (outputs * target).sum(dim=1)
         quadratic[:, group] = outputs.mul_(codes).reshape(rows, groups, size).sum(dim=2)
     old = grid.scale.double()

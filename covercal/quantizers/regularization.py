@@ -56,6 +56,13 @@ class Metric:
         found[torch.arange(len(columns), device=found.device), columns] = self.diagonal[columns]
         return found
 
+    def product(self, matrix: Tensor, columns: slice) -> Tensor:
+        """Return a matrix (rows, columns of the slice) times these rows of the regularised one, (rows, columns)."""
+        found = (matrix @ self.gram[columns]).mul_(1.0 - self.share)
+        own = (1.0 - self.share) * self.gram.diagonal()[columns]
+        found[:, columns].addcmul_(matrix, self.diagonal[columns] - own)
+        return found
+
 
 def regularized(gram: Tensor, share: float, towards: Tensor | None, damping: float, weights: Tensor | None) -> Metric:
     """Return the matrix that `factorize` factorises, columns in their natural order.

@@ -188,7 +188,8 @@ def _diagonals(
     if chosen.gamma is None:
         return towards, None
     magnitude = _needed(statistics.magnitude, "mean |x|")
-    return towards, damping_weights(magnitude, weight_magnitude(weights), chosen.gamma)
+    found = damping_weights(magnitude, weight_magnitude(weights), chosen.gamma)
+    return towards, found.to(_needed(statistics.gram, "a Gram matrix").dtype)
 
 
 def _factor(
@@ -202,7 +203,7 @@ def _factor(
         gram,
         chosen.damping,
         activation_order=settings.activation_order,
-        weights=None if weighting is None else weighting.to(gram.dtype),
+        weights=weighting,
         shrinkage=chosen.shrinkage,
         towards=towards,
     )
@@ -282,7 +283,7 @@ def _target(weight: Tensor, index: int, rows: slice, alpha: float, job: _Job) ->
 
 
 def _outputs_drift(weight: Tensor, index: int, rows: slice, job: _Job) -> Tensor:
-    """Return W D for some rows `weight` of the linear at a place."""
+    """Return W D of rows `rows` of linear `index`, whose weights are `weight`."""
     known = job.statistics.outputs_drift
     return weight @ _needed(job.statistics.drift, "the drift") if known is None else known[index][rows]
 

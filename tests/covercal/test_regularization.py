@@ -116,6 +116,17 @@ def test_a_matrix_is_shrunk_first_and_damped_then(
     )
 
 
+@given(seeds, st.floats(0, 1), st.integers(0, 11), st.integers(1, 12))
+@settings(deadline=None, max_examples=30)
+def test_a_product_is_that_with_the_whole_matrix(seed: int, share: float, start: int, count: int) -> None:
+    _, gram = layer(seed, 1, 12)
+    metric = regularized(gram, share, positive(seed, 12), 0.1, None)
+    columns = slice(start, min(start + count, 12))
+    matrix = torch.from_numpy(np.random.default_rng(seed).normal(size=(4, columns.stop - start)))
+    expected = matrix @ matrix_of(metric)[columns]
+    torch.testing.assert_close(metric.product(matrix, columns), expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("dead", [[], [0, 7]], ids=["all_used", "some_unused"])
 @REGULARIZATIONS

@@ -162,6 +162,9 @@ REGULARIZED = {
     "validated": chosen(shrinkage="validated", damping="validated"),
     "saliency": chosen("sarqc_gbs", damping={"strength": 0.5, "weights": "saliency", "gamma": 0.35}),
     "saliency_validated": chosen("sarqc_gbs"),
+    "saliency_polished_refitted": chosen(
+        "sarqc_gbs", damping={"strength": 0.5, "gamma": 0.35}, rounding={"polish": 1}, ranges={"refit": 1}
+    ),
     "polished": chosen(rounding={"polish": 2}),
     "beam": chosen(rounding={"kind": "beam", "width": 3}),
     "weighted_ranges": chosen(ranges="weighted"),

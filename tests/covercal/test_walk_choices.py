@@ -16,9 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from covercal import quantization
-from covercal.decoder import Decoder, make_decoder, token_tensor
+from covercal.block_pass import BlockPass
+from covercal.calibration import round_parameters
+from covercal.decoder import Decoder, linear_of, make_decoder, token_tensor
 from covercal.errors import QuantizationError
 from covercal.gram import SiteStatistics
+from covercal.hidden_states import HiddenStates
+from covercal.input_scaling import ScaledSite, scale_block
 from covercal.quantization import (
     PoolSource,
     QuantizedBlock,
@@ -510,22 +514,102 @@ def test_the_order_of_sequences_of_one_length_does_not_matter(method: str) -> No
 # --- scaled inputs beside the original's ---------------------------------------------------------------------------
 
 
+class Walked:
+    """What the solver was given in a walk over the first block, and the scales of its inputs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, settings: Quantization) -> None:
+        self.statistics: list[SiteStatistics] = []
+        self.weights: list[list[Tensor]] = []
+        self.scales: dict[int, ScaledSite] = {}
+        monkeypatch.setattr(quantization, "solve_site", self._solve)
+        monkeypatch.setattr(quantization, "scale_block", self._scale)
+        self.blocks = [next(quantize_blocks(decoder_of("llama"), MIXED, settings, "float32"))]
+
+    def _solve(self, weights: list[Tensor], statistics: SiteStatistics, *rest: Any) -> Any:
+        self.weights.append(weights)
+        self.statistics.append(statistics)
+        return solve_site(weights, statistics, *rest)
+
+    def _scale(self, *arguments: Any) -> dict[int, ScaledSite]:
+        self.scales = scale_block(*arguments)
+        return self.scales
+
+
 @pytest.mark.parametrize("search", ["awq", "smooth"])
 @pytest.mark.parametrize("kind", ["coreq", "gptaq"])
 def test_the_originals_inputs_are_compared_in_the_scale_of_the_quantised_ones(
     search: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the first site nothing is quantised yet: scaled or not, both models read the same."""
-    seen: list[SiteStatistics] = []
-
-    def noted(modules: Any, statistics: SiteStatistics, *rest: Any) -> Any:
-        seen.append(statistics)
-        return solve_site(modules, statistics, *rest)
-
-    monkeypatch.setattr(quantization, "solve_site", noted)
     alpha = {"alpha": 0.5} if kind == "gptaq" else {}
-    walk(choices(scaling=search, target={"kind": kind, **alpha}))
-    first = seen[0]
+    first = Walked(monkeypatch, choices(scaling=search, target={"kind": kind, **alpha})).statistics[0]
     assert first.drift is not None
     assert first.gram is not None
     assert float(first.drift.abs().max()) < 1e-5 * float(first.gram.diagonal().max())
+
+
+@pytest.mark.parametrize("search", ["none", "awq"])
+def test_the_outputs_drift_of_the_last_site_is_what_the_quantised_prefix_takes_from_its_outputs(
+    search: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = choices("coreq", scaling=search)
+    walked = Walked(monkeypatch, settings)
+    model, name = decoder_of("llama").model, "model.layers.0.mlp.down_proj"
+    prefix = quantized_model(model, walked.blocks, settings, "float32")
+    original, read = (torch.cat(inputs_of(each, name, MIXED)) for each in (model, prefix))
+    found, (weight,) = walked.statistics[-1], walked.weights[-1]
+    scale = walked.scales[3].scale if walked.scales else None
+    difference = (original if scale is None else original / scale) - read
+    lost = difference @ weight.double().T
+    assert found.outputs_drift is not None
+    assert found.outputs_drift_energy is not None
+    expected = lost.T @ read / len(read)
+    assert float((found.outputs_drift[0] - expected).abs().max()) < 1e-3 * float(expected.abs().max())
+    assert found.outputs_drift_energy[0] == pytest.approx(float(lost.square().sum()) / len(read), rel=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.7])
+def test_the_pools_part_of_a_blend_has_no_drift(share: float) -> None:
+    ones = torch.ones(4, 4).double()
+    own = SiteStatistics(gram=3 * ones, drift=ones, drift_energy=2 * ones)
+    outputs = SiteStatistics(gram=3 * ones, outputs_drift=(ones,), outputs_drift_energy=(5.0,))
+    pool = SiteStatistics(gram=ones)
+    found, turned = (quantization.blended(each, pool, share) for each in (own, outputs))
+    torch.testing.assert_close(found.gram, (3 - 2 * share) * ones)
+    torch.testing.assert_close(found.drift, (1 - share) * ones)
+    torch.testing.assert_close(found.drift_energy, (2 - 2 * share) * ones)
+    assert found.outputs_drift is None
+    assert turned.drift is None
+    assert turned.outputs_drift is not None
+    torch.testing.assert_close(turned.outputs_drift[0], (1 - share) * ones)
+    assert turned.outputs_drift_energy == pytest.approx((5 - 5 * share,))
+
+
+# --- what a walk holds ---------------------------------------------------------------------------------------------
+
+
+def test_the_originals_block_takes_no_memory_of_its_own() -> None:
+    block = decoder_of("llama").own_block(0)
+    kept = {name: value.clone() for name, value in block.named_parameters()}
+    original = quantization._sharing(block)
+    pairs = list(zip(block.parameters(), original.parameters(), strict=True))
+    assert all(one is not other and one.data_ptr() == other.data_ptr() for one, other in pairs)
+    round_parameters(block, "bfloat16")
+    assert any(not torch.equal(one, other) for one, other in pairs)
+    assert all(torch.equal(value, kept[name]) for name, value in original.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["gptq", "coreq"])
+def test_at_a_blocks_end_only_its_last_linears_have_weights(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[set[str]] = []
+    finish = BlockPass.finish
+
+    def looked_at(passing: BlockPass) -> HiddenStates:
+        names = (name for site in passing._sites for name in site.linears)
+        held.append({name for name in names if linear_of(passing._block, name).weight.numel()})
+        return finish(passing)
+
+    monkeypatch.setattr(BlockPass, "finish", looked_at)
+    walk(choices(method))
+    streams = 2 if method == "coreq" else 1
+    assert held == [{"mlp.down_proj"}] * streams * (BLOCKS - 1)  # nothing leaves the last block
