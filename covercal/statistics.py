@@ -148,80 +148,86 @@ def column_norms(decoder: Decoder, sites: str = "linear_inputs") -> npt.NDArray[
 
 @dataclass(frozen=True, slots=True)
 class _Reduced:
-    """One site's inputs in a batch: peak and sums of |x|, x**2 and x, float32 (samples, channels); tokens read."""
+    """What is known of a batch, or of one site's inputs in it: float32 (samples, channels) each.
+
+    It is made before the batch runs: small tensors that stay, between large ones that come and go, would keep the
+    memory of those from being used again.
+    """
 
     peak: Tensor
     absolute: Tensor
     square: Tensor
     signed: Tensor
-    tokens: int
 
     @classmethod
-    def of_nothing(cls, samples: int, channels: int, device: torch.device) -> Self:
-        """Return what an expert gives that no token reached."""
-        nothing = torch.zeros((samples, channels), device=device)
-        return cls(nothing, nothing, nothing, nothing, 0)
+    def of(cls, samples: int, channels: int, device: torch.device) -> Self:
+        """Return what an input gives that no token reached."""
+        return cls(*(torch.zeros((samples, channels), device=device) for _ in range(4)))
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """Return the numbers of every sample and channel."""
         return self.peak, self.absolute, self.square, self.signed
 
+    def columns(self, columns: slice) -> "_Reduced":
+        """Return those of some channels, in the same memory."""
+        return _Reduced(*(part[:, columns] for part in self.parts))
+
 
 def _reduce_batch(
     decoder: Decoder, sites: Sequence[Site], batch: Tensor, skip_tokens: int
 ) -> tuple[tuple[Tensor, ...], npt.NDArray[np.int64]]:
     """Return peak and sums of |x|, x**2 and x, float32 (samples, channels of all sites), and each site's tokens."""
-    found: dict[int, _Reduced] = {}
+    whole = _Reduced.of(len(batch), sum(site.channels for site in sites), batch.device)
+    read = np.zeros(len(sites), dtype=np.int64)
     hooks = []
+    start = 0
     for position, site in enumerate(sites):
+        found = whole.columns(slice(start, start + site.channels))
+        start += site.channels
         expert = expert_of(decoder.blocks[site.block], site)
-        hook = _reducer(found, position, batch.shape, skip_tokens, expert)
+        hook = _reducer(found, read[position : position + 1], skip_tokens, batch.shape, expert)
         hooks.append(decoder.linear(site, site.linears[0]).register_forward_pre_hook(hook))
     try:
         decoder.body(input_ids=batch, use_cache=False)
     finally:
         for each in hooks:
             each.remove()
-    for position, site in enumerate(sites):
-        found.setdefault(position, _Reduced.of_nothing(len(batch), site.channels, batch.device))
-    ordered = [found[position] for position in range(len(sites))]
-    columns = zip(*(each.parts for each in ordered), strict=True)
-    return tuple(torch.cat(column, dim=1) for column in columns), np.array([each.tokens for each in ordered])
+    return whole.parts, read
 
 
 def _reducer(
-    found: dict[int, _Reduced], position: int, shape: torch.Size, skip_tokens: int, expert: Expert | None
+    found: _Reduced, read: npt.NDArray[np.int64], skip_tokens: int, shape: torch.Size, expert: Expert | None
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """Return a hook that reduces what a site reads into `found`, and counts its tokens in `read` (1,)."""
     samples, length = shape
 
     def reduce(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].reshape(samples, length, -1)[:, skip_tokens:]
         magnitude = x.abs().float()
-        peak, absolute, signed = magnitude.amax(dim=1), magnitude.sum(dim=1), x.sum(dim=1, dtype=torch.float32)
-        square = magnitude.square_().sum(dim=1)  # in place: five times faster than a norm
-        found[position] = _Reduced(peak, absolute, square, signed, x.shape[0] * x.shape[1])
+        torch.amax(magnitude, dim=1, out=found.peak)
+        torch.sum(magnitude, dim=1, out=found.absolute)
+        torch.sum(x, dim=1, dtype=torch.float32, out=found.signed)
+        torch.sum(magnitude.square_(), dim=1, out=found.square)  # in place: five times faster than a norm
+        read[0] = x.shape[0] * x.shape[1]
 
     def reduce_some(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if expert is not None and expert.tokens is not None:
-            found[position] = _reduced_rows(inputs[0], expert.tokens, samples, length, skip_tokens)
+            read[0] = _reduce_rows(found, inputs[0], expert.tokens, length, skip_tokens)
 
     return reduce if expert is None else reduce_some
 
 
-def _reduced_rows(x: Tensor, rows: Tensor, samples: int, length: int, skip_tokens: int) -> _Reduced:
+def _reduce_rows(found: _Reduced, x: Tensor, rows: Tensor, length: int, skip_tokens: int) -> int:
     """Reduce the tokens that an expert reads, (tokens, channels); `rows` says where each stands in the batch."""
     counted = rows % length >= skip_tokens
     owner, kept = (rows // length)[counted], x[counted].float()
     magnitude = kept.abs()
-    nothing = torch.zeros((samples, x.shape[1]), device=x.device)
-    return _Reduced(
-        nothing.scatter_reduce(0, owner[:, None].expand_as(magnitude), magnitude, "amax"),
-        nothing.index_add(0, owner, magnitude),
-        nothing.index_add(0, owner, magnitude.square()),
-        nothing.index_add(0, owner, kept),
-        len(kept),
-    )
+    found.peak.scatter_reduce_(0, owner[:, None].expand_as(magnitude), magnitude, "amax")
+    found.absolute.index_add_(0, owner, magnitude)
+    found.square.index_add_(0, owner, magnitude.square())
+    found.signed.index_add_(0, owner, kept)
+    return len(kept)
 
 
 def _check_finite(
