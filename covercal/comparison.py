@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import brentq
-from scipy.stats import binom, norm, spearmanr
+from scipy.special import bdtr, ndtr, ndtri, stdtr, stdtrit
 
 from covercal.errors import InputError
 
@@ -96,7 +95,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
         without any other item the probability is 1.
     """
     discordant = only_first + only_second
-    tail = float(binom.cdf(min(only_first, only_second), discordant, 0.5))
+    tail = float(bdtr(min(only_first, only_second), discordant, 0.5))
     return min(1.0, 2.0 * tail)
 
 
@@ -109,7 +108,9 @@ def tango_interval(only_first: int, only_second: int, items: int) -> tuple[float
     Sources: Tango, "Equivalence test and confidence interval for the difference in proportions for the paired-sample
     design" (1998), equations 5 and 6; recommended by Fagerland, Lydersen and Laake (2014).
     """
-    bound = float(norm.ppf(0.5 + CONFIDENCE / 2))
+    from scipy.optimize import brentq
+
+    bound = float(ndtri(0.5 + CONFIDENCE / 2))
     found = (only_first - only_second) / items
 
     def score(difference: float) -> float:
@@ -150,8 +151,8 @@ def _compare_means(differences: Floats, weights: Floats, seed: int) -> PairedDif
     drawn = np.sort(np.concatenate(list(_resampled(differences, weights, seed))))
     left_out = (total - weights * differences) / (weight - weights)
     curve = _BcaCurve(_normal_rank(drawn, mean), _acceleration(left_out))
-    low, high = (_quantile(drawn, curve.level(z)) for z in norm.ppf([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
-    one_sided = float(norm.cdf(curve.score(_normal_rank(drawn, 0.0))))
+    low, high = (_quantile(drawn, curve.level(z)) for z in ndtri([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+    one_sided = float(ndtr(curve.score(_normal_rank(drawn, 0.0))))
     p_value = min(1.0, max(2.0 * min(one_sided, 1.0 - one_sided), floor))
     return PairedDifference(mean, low, high, p_value, BOOTSTRAP)
 
@@ -176,7 +177,7 @@ class _BcaCurve:
 
     def level(self, score: float) -> float:
         moved = self.bias + score
-        return float(norm.cdf(self.bias + moved / (1.0 - self.acceleration * moved)))
+        return float(ndtr(self.bias + moved / (1.0 - self.acceleration * moved)))
 
     def score(self, rank: float) -> float:
         moved = rank - self.bias
@@ -187,7 +188,7 @@ def _normal_rank(drawn: Floats, value: float) -> float:
     """Return the normal score of the share of drawn means below `value`, of ties half; kept away from 0 and 1."""
     below = np.searchsorted(drawn, value, "left") + np.searchsorted(drawn, value, "right")
     share = np.clip(below / (2.0 * drawn.size), 0.5 / (drawn.size + 1), 1.0 - 0.5 / (drawn.size + 1))
-    return float(norm.ppf(share))
+    return float(ndtri(share))
 
 
 def _acceleration(left_out: Floats) -> float:
@@ -222,8 +223,29 @@ def _checked_weights(weights: Numbers, items: int) -> Floats:
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | None:
-    """Return Spearman's rank correlation and its p-value; None when either has fewer than three different values."""
+    """Return Spearman's rank correlation and its two-sided p-value, by Student's t with two degrees less than pairs.
+
+    Ties have the mean of their ranks. None when either side has fewer than three different values.
+    """
     if min(len(set(a)), len(set(b))) < 3:
         return None
-    found = spearmanr(a, b)
-    return float(found.statistic), float(found.pvalue)
+    ours, theirs = _centred_ranks(a), _centred_ranks(b)
+    correlation = float(ours @ theirs / math.sqrt((ours @ ours) * (theirs @ theirs)))
+    correlation = min(1.0, max(-1.0, correlation))
+    unexplained = (1.0 - correlation) * (1.0 + correlation)
+    if unexplained == 0.0:
+        return correlation, 0.0
+    degrees = len(a) - 2
+    return correlation, 2.0 * float(stdtr(degrees, -abs(correlation) * math.sqrt(degrees / unexplained)))
+
+
+def _centred_ranks(values: Sequence[float]) -> Floats:
+    """Return ranks about their mean, of ties the mean rank."""
+    _, places, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    means = np.cumsum(counts) - (counts - 1) / 2.0
+    return means[places] - (len(values) + 1) / 2.0
+
+
+def student_quantile(level: float, degrees: float) -> float:
+    """Return the point below which Student's t with `degrees` of freedom falls with probability `level`."""
+    return float(stdtrit(degrees, level))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from covercal.comparison import student_quantile
 from covercal.errors import CovercalError
 from covercal.recipe import Recipe, parse_recipe, with_fields
 from covercal.selectors.registry import selector
@@ -244,24 +245,20 @@ def against_random(values: dict[Any, list[float]], rivals: dict[Any, list[float]
 
 def _welch_half_interval(a: Sequence[float], b: Sequence[float]) -> float:
     """Return half the width of the 95% interval of a difference of means; a single value counts as known exactly."""
-    from scipy.stats import t
-
     parts = [(float(np.var(each, ddof=1)) / len(each), len(each) - 1) for each in (a, b) if len(each) > 1]
     squared = sum(part for part, _ in parts)
     if squared == 0:
         return 0.0 if parts else math.nan
     freedom = squared**2 / sum(part**2 / degrees for part, degrees in parts)
-    return float(t.ppf(0.975, freedom)) * math.sqrt(squared)
+    return student_quantile(0.975, freedom) * math.sqrt(squared)
 
 
 def half_interval(values: Sequence[float]) -> float:
     """Return half the width of the 95% interval of a mean (Student's t); NaN for fewer than two values."""
-    from scipy.stats import t
-
     if len(values) < 2:
         return math.nan
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return float(t.ppf(0.975, len(values) - 1)) * error
+    return student_quantile(0.975, len(values) - 1) * error
 
 
 def _without(fields: dict[str, Any], *names: str) -> str:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from covercal.comparison import rank_correlation
 from tasks.report.drawing import WIDTH, Sheet, fitting, margin, named_style, rendered
 from tasks.report.figure import Figure, Plan, Summary, Table
 from tasks.report.numerals import alike, decimals, known, number, one_line, percent, plural
@@ -154,17 +155,13 @@ def _without_relation(summary: Summary) -> str:
 
 def coverage_and_quality(summary: Summary) -> list[Figure]:
     """Draw the main number of every cell against its weighted coverage, a mark for each budget."""
-    from scipy.stats import spearmanr
-
     points = _scored(summary)
     groups: dict[tuple[str, Any], list[tuple[float, float]]] = {}
     for fields, covered, main in points:
         groups.setdefault((panel_of(fields), fields.get(BUDGET)), []).append((covered, main))
     measure = one_line(summary["measure"], 60)
-    ranks = {
-        key: float(spearmanr(*zip(*group, strict=True)).statistic) for key, group in groups.items() if len(group) > 4
-    }
-    ranks = {key: value for key, value in ranks.items() if known(value)}
+    found = {key: rank_correlation(*zip(*group, strict=True)) for key, group in groups.items() if len(group) > 4}
+    ranks = {key: each[0] for key, each in found.items() if each is not None}
     panels = list(dict.fromkeys(panel for panel, _ in groups))
     several = len(panels) > 1
     words = {key: _group_words(key, several) for key in groups}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq, minimize_scalar
-from scipy.stats import binomtest, bootstrap, norm
+from scipy.stats import binomtest, bootstrap, norm, spearmanr, t
 
 from covercal import comparison
 from covercal.comparison import (
@@ -20,6 +20,7 @@ from covercal.comparison import (
     mcnemar,
     paired_difference,
     rank_correlation,
+    student_quantile,
     tango_interval,
 )
 from covercal.errors import InputError
@@ -289,6 +290,26 @@ def test_ranks_correlate_as_by_hand() -> None:
     found = rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 100.0, 20.0, 3000.0])
     assert found is not None
     assert found[0] == pytest.approx(1 - 6 * 2 / (4 * 15))
+
+
+@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=4, max_size=40))
+def test_ranks_correlate_as_in_scipy(pairs: list[tuple[int, int]]) -> None:
+    a, b = [float(pair[0]) for pair in pairs], [float(pair[1]) for pair in pairs]
+    found = rank_correlation(a, b)
+    if found is not None:
+        expected = spearmanr(a, b)
+        assert found[0] == pytest.approx(expected.statistic, abs=1e-12)
+        assert found[1] == pytest.approx(expected.pvalue, rel=1e-6, abs=1e-12)
+
+
+def test_ranks_in_one_order_correlate_fully() -> None:
+    assert rank_correlation([1.0, 2.0, 9.0, 10.0], [-3.0, 0.0, 1.0, 2.0]) == (1.0, 0.0)
+    assert rank_correlation([1.0, 2.0, 9.0, 10.0], [3.0, 0.0, -1.0, -2.0]) == (-1.0, 0.0)
+
+
+@pytest.mark.parametrize(("level", "degrees"), [(0.975, 4), (0.975, 1), (0.9, 2.7), (0.5, 30)])
+def test_quantiles_of_students_t_are_scipys(level: float, degrees: float) -> None:
+    assert student_quantile(level, degrees) == pytest.approx(t.ppf(level, degrees), rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("flat", [[], [1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 1.0, 2.0]])
