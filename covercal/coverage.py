@@ -17,6 +17,7 @@ SPARSE_SHARE = 0.25  # of the bytes may be filled for lists of all channels at o
 LISTED_BYTES = 2**24  # at most so many, for their memory: 400 MB while they are made
 LISTS_AT_ONCE = 4096
 TABLE_SHARE = 0.8  # where eight channels fire more often than this, a table of their sums is faster than lists
+LISTING_SHARE = 0.7  # finding the samples that fire a channel takes as long as this share of the samples firing it
 BYTE_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.int64)  # (256, 8)
 
 
@@ -265,8 +266,10 @@ class _Channels:
         self._lists = _Lists(self._bytes) if sparse else None
         self._samples: dict[int, Int64] = {}  # of a full matrix: that fire a channel; found when first needed
         fires = self._counted() if self._lists is None else self._lists.counts
-        self._tables = bool((fires.reshape(-1, 8).sum(axis=1) > TABLE_SHARE * coverage.shape[0]).any())
         self.fires = fires[: coverage.channels]
+        listing = 0 if self._lists is not None else math.ceil(LISTING_SHARE * coverage.shape[0])
+        self._cost = fires + listing  # of taking each channel by its list: samples touched, and to be looked through
+        self._tables = bool((self._cost.reshape(-1, 8).sum(axis=1) > TABLE_SHARE * coverage.shape[0]).any())
 
     def _counted(self) -> Int64:
         counts = np.array([np.bincount(row, minlength=256) for row in self._bytes], dtype=np.int64).reshape(-1, 256)
@@ -275,21 +278,22 @@ class _Channels:
     def subtract(self, gain: Int64, fixed: Int64, channels: Int64) -> None:
         """Take the weight of each channel (sorted) from the gain of every sample that fires it, in place.
 
-        The channels of one byte go together where they fire often, by a table of the 256 sums such a byte can make.
+        The channels of one byte go together where they fire often or their lists are still to be made, by a table of
+        the 256 sums such a byte can make.
         """
         if not self._tables:
             self._subtract_lists(gain, fixed, channels)
             return
         places = channels >> 3
         starts = np.flatnonzero(np.diff(places, prepend=-1))
-        often = np.add.reduceat(self.fires[channels], starts) > TABLE_SHARE * gain.size if starts.size else starts > 0
+        often = np.add.reduceat(self._cost[channels], starts) > TABLE_SHARE * gain.size if starts.size else starts > 0
         by_table = np.repeat(often, np.diff(starts, append=channels.size))
         self._subtract_lists(gain, fixed, channels[~by_table])
         weights = np.zeros((len(self._bytes), 8), dtype=np.int64)
         weights.reshape(-1)[channels[by_table]] = fixed[channels[by_table]]
         together = places[starts[often]]
         for place, sums in zip(together, weights[together] @ BYTE_BITS.T, strict=True):
-            gain -= sums[self._bytes[place]]
+            gain -= sums.take(self._bytes[place])
 
     def _subtract_lists(self, gain: Int64, fixed: Int64, channels: Int64) -> None:
         if self._lists is not None:
@@ -303,6 +307,7 @@ class _Channels:
     def _fired_by(self, channel: int) -> Int64:
         if channel not in self._samples:
             self._samples[channel] = np.flatnonzero(self._bytes[channel >> 3] & (128 >> (channel & 7)) != 0)
+            self._cost[channel] = self.fires[channel]
         return self._samples[channel]
 
 
@@ -327,7 +332,7 @@ class _Lists:
         ends = np.arange(len(turned) + 1)
         samples, bounds = [], []
         for bit in range(8):  # one bit's channels after the other's: what is found comes in their order
-            mine = np.flatnonzero(values & (128 >> bit))
+            mine = np.flatnonzero((values & (128 >> bit)) != 0)
             samples.append(places[mine])
             bounds.append(np.searchsorted(rows[mine], ends))
         self._samples: Int64 = np.concatenate(samples)
