@@ -1,12 +1,14 @@
 """Thresholds above which a peak makes a channel an outlier channel, from all peaks of one site."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
+STRIP_VALUES = 2**18
+DRAWN = 2**17  # values whose order tells between which two a quantile of all lies
 
 Peaks = npt.NDArray[np.float32]
 
@@ -14,7 +16,7 @@ Peaks = npt.NDArray[np.float32]
 def median_deviation(peaks: Peaks, k: float) -> float:
     """Return median + k * 1.4826 * median absolute deviation: mean + k sigma that a few huge peaks do not move."""
     middle = quantile(peaks, 0.5)
-    spread = quantile(np.abs(peaks - np.float32(middle)), 0.5)
+    spread = _quantile_of(peaks, 0.5, lambda some: np.abs(some - np.float32(middle)))
     return middle + k * MAD_TO_SIGMA * spread
 
 
@@ -38,12 +40,55 @@ def quantile(values: npt.NDArray[np.float32], share: float) -> float:
     share
         Between 0 and 1.
     """
-    flat = values.reshape(-1)
-    place = share * (flat.size - 1)
+    return _quantile_of(values, share, lambda some: some)
+
+
+def _quantile_of(values: Peaks, share: float, of: Callable[[Peaks], Peaks]) -> float:
+    """Return a quantile of `of(values)`, which is made of some values at a time.
+
+    Only what lies between two values that enclose the place in a random draw is put in order; where they do not enclose
+    it after all, everything is.
+    """
+    place = share * (values.size - 1)
     low = int(place)
-    high = min(low + 1, flat.size - 1)
-    parted = np.partition(flat, (low, high))
-    return float(parted[low]) + (place - low) * (float(parted[high]) - float(parted[low]))
+    high = min(low + 1, values.size - 1)
+    first, last = _enclosing(of(_drawn(values)), share)
+    before, kept = 0, []
+    for some in _strips(values):
+        made = of(some)
+        before += np.count_nonzero(made < first)
+        kept.append(made[(made >= first) & (made <= last)])
+    between = np.concatenate(kept)
+    if not before <= low <= high < before + between.size:
+        before, between = 0, np.concatenate([of(some).reshape(-1) for some in _strips(values)])
+    parted = np.partition(between, (low - before, high - before))
+    below, over = float(parted[low - before]), float(parted[high - before])
+    return below + (place - low) * (over - below)
+
+
+def _strips(values: Peaks) -> Iterator[Peaks]:
+    """Yield some rows after the other, few enough for the processor's cache."""
+    rows = values.reshape(1, -1) if values.ndim == 1 else values
+    step = max(1, STRIP_VALUES // max(1, rows[0].size))
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
+
+
+def _drawn(values: Peaks) -> Peaks:
+    """Return values at random places, all of them when there are few."""
+    if values.size <= DRAWN:
+        return values.reshape(-1)
+    places = np.random.default_rng(0).integers(values.size, size=DRAWN)
+    drawn: Peaks = values[np.unravel_index(places, values.shape)]
+    return drawn
+
+
+def _enclosing(drawn: Peaks, share: float) -> tuple[float, float]:
+    """Return two values of a random draw between which the quantile of all lies, six standard deviations off."""
+    drawn = np.sort(drawn)
+    place, spread = share * drawn.size, 6 * np.sqrt(drawn.size * share * (1 - share)) + 6
+    low, high = int(place - spread), int(place + spread)
+    return (float(drawn[low]) if low > 0 else -np.inf), (float(drawn[high]) if high < drawn.size else np.inf)
 
 
 def above(peaks: Peaks, limit: float) -> npt.NDArray[np.bool_]:

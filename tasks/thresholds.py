@@ -91,12 +91,13 @@ def find_outliers(
     rows = sites.to_pylist()
     advance = build.progress(len(rows), "sites")
     bits, limits = BitColumns(peaks.rows), []
-    for row, factor in zip(rows, factors, strict=True):
-        mine = _site_peaks(peaks, row)  # read once
+    every = peaks.parts((row["first"], row["first"] + row["channels"]) for row in rows)  # read once
+    for row, factor, part in zip(rows, factors, every, strict=True):
+        mine = np.asarray(part, dtype=np.float32)
         limit = row["mean"] + factor * row["sigma"] if rule == SIGMA else PEAK_RULES[rule](mine, factor)
         _check_limit(row, limit, rule)
         fires = above(mine, limit)
-        bits.add(np.take(fires, np.flatnonzero(fires.any(axis=0)), axis=1))  # a mask as index is 15 times slower
+        bits.add(_fired(fires))
         limits.append(limit)
         advance(1)
     write_table(build.folder / THRESHOLDS, sites.append_column("threshold", pa.array(limits, pa.float64())))
@@ -112,6 +113,12 @@ def find_outliers(
     return {"outliers": outliers.num_rows, "channels": sum(row["channels"] for row in rows)}
 
 
+def _fired(fires: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return the columns that are anywhere true."""
+    fired = fires.any(axis=0)
+    return fires if fired.all() else np.take(fires, np.flatnonzero(fired), axis=1)  # by a mask 15 times slower
+
+
 def _check_limit(row: dict[str, Any], limit: float, rule: str) -> None:
     """Raise when a threshold is 0: every weight above it would be infinite."""
     if not limit > 0 and row["peak"] > limit:
@@ -120,10 +127,6 @@ def _check_limit(row: dict[str, Any], limit: float, rule: str) -> None:
             f"outliers.rule {rule} gives threshold {limit:g} at {where}: most of its activations are 0. "
             "`rule: sigma` follows the largest ones."
         )
-
-
-def _site_peaks(peaks: Columns, row: dict[str, Any]) -> npt.NDArray[np.float32]:
-    return np.asarray(peaks.read(row["first"], row["first"] + row["channels"]), dtype=np.float32)
 
 
 def poor_sites(store: ArtifactStore, outliers: Ref, linears: list[dict[str, Any]]) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """Arrays come back bit for bit, and what is missing is never read as numbers."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+import storage.arrays
 from storage.arrays import CHUNK_COLUMNS, Columns, read_array, write_array
 from storage.errors import StorageError
 
@@ -196,17 +196,18 @@ def test_from_left_to_right_every_chunk_is_read_once(
     unequal: tuple[list[Path], np.ndarray], widths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together, read = Columns(unequal[0]), []
-    plain = zarr.Array.__getitem__
+    plain = storage.arrays._Stored.read_into
 
-    def counting(self: zarr.Array, key: tuple[slice, slice]) -> Any:
-        read.append((str(self.store_path), key[1].start, key[1].stop))
-        return plain(self, key)
+    def counting(self: storage.arrays._Stored, part: np.ndarray, start: int) -> None:
+        read.append((str(self.path), start, start + part.shape[1]))
+        plain(self, part, start)
 
-    monkeypatch.setattr(zarr.Array, "__getitem__", counting)
+    monkeypatch.setattr("storage.arrays._Stored.read_into", counting)
     start = 0
     for width in widths:
         together.read(start, start + width)
         start += width
+    assert {name for name, _, _ in read} == {str(path) for path in unequal[0]}
     for path in {name for name, _, _ in read}:
         mine = sorted((a, b) for name, a, b in read if name == path)
         assert [a for a, _ in mine] == [0, *(b for _, b in mine[:-1])]  # end to end, none twice
@@ -277,3 +278,47 @@ def test_a_chunk_that_is_gone_is_an_error_when_its_columns_are_read(tmp_path: Pa
     shards(paths[1])[0].unlink()  # behind its back: the fill value is NaN, which is never stored
     with pytest.raises(StorageError, match=rf"Array {paths[1]} lacks a chunk"):
         together.read(1, 3)
+
+
+@pytest.mark.parametrize("lost", [1, 4, 16, 40])
+def test_a_shard_cut_short_is_refused_by_its_path(tmp_path: Path, lost: int) -> None:
+    paths, _ = written(tmp_path, [2, 2], WIDE)
+    shard = shards(paths[1])[0]
+    shard.write_bytes(shard.read_bytes()[:-lost])
+    with pytest.raises(StorageError, match=rf"Array {paths[1]} lacks a chunk"):
+        Columns(paths)
+
+
+def test_an_array_that_zarr_left_a_chunk_out_of_is_refused(tmp_path: Path) -> None:
+    array = zarr.create_array(
+        str(tmp_path / "array"), shape=(2, 9), dtype="float32", chunks=(2, 5), shards=(2, 10), fill_value=float("nan"),
+        compressors=None,
+    )  # fmt: skip
+    array[:, :5] = 1.0
+    with pytest.raises(StorageError, match="lacks a chunk"):
+        Columns([tmp_path / "array"])
+
+
+def test_an_array_of_another_layout_is_refused(tmp_path: Path) -> None:
+    zarr.create_array(str(tmp_path / "array"), shape=(4, 9), dtype="float32", chunks=(4, 5), shards=(4, 10))[:] = 1.0
+    with pytest.raises(StorageError, match="no single shard of plain chunks"):
+        Columns([tmp_path / "array"])
+
+
+@given(bounds=st.lists(st.tuples(st.integers(0, 23), st.integers(0, 23)).map(sorted), max_size=6))
+def test_parts_are_the_columns_one_after_the_other(
+    unequal: tuple[list[Path], np.ndarray], bounds: list[list[int]]
+) -> None:
+    found = list(Columns(unequal[0]).parts((start, stop) for start, stop in bounds))
+    assert len(found) == len(bounds)
+    for part, (start, stop) in zip(found, bounds, strict=True):
+        np.testing.assert_array_equal(part, unequal[1][:, start:stop], strict=True)
+
+
+def test_an_error_while_reading_ahead_is_told(tmp_path: Path) -> None:
+    paths, values = written(tmp_path, [2, 2], WIDE)
+    parts = Columns(paths).parts([(0, 5), (CHUNK_COLUMNS, CHUNK_COLUMNS + 1), (2 * CHUNK_COLUMNS, WIDE)])
+    np.testing.assert_array_equal(next(parts), values[:, :5])
+    shards(paths[0])[0].unlink()
+    with pytest.raises(StorageError, match="lacks a chunk"):
+        list(parts)
