@@ -78,6 +78,7 @@ class Columns:
         self._chunk = max((stored.chunk for stored in self._stored), default=1)
         self._start = 0
         self._kept: npt.NDArray[np.generic] | None = None
+        self._memory: list[npt.NDArray[np.uint8]] = []
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.generic]:
         """Return columns [start, stop) of all rows."""
@@ -95,7 +96,13 @@ class Columns:
         return kept[:, start - first : stop - first]
 
     def parts(self, bounds: Iterable[tuple[int, int]]) -> Iterator[npt.NDArray[np.generic]]:
-        """Yield the columns between each pair of bounds, the next being read while one is worked on."""
+        """Yield the columns between each pair of bounds, the next being read while one is worked on.
+
+        What was yielded holds until the one after it is asked for: its memory is used again, since having the system
+        make pages anew takes longer than reading.
+        """
+        self._start, self._kept = 0, None  # an earlier call's memory may be used again by now
+        self._memory = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
         with ThreadPoolExecutor(1, "read-ahead") as reader:
             waiting: Future[npt.NDArray[np.generic]] | None = None
             for start, stop in bounds:
@@ -105,14 +112,25 @@ class Columns:
                 waiting = following
             if waiting is not None:
                 yield waiting.result()
+        self._start, self._kept, self._memory = 0, None, []
 
     def _chunks(self, start: int, stop: int) -> npt.NDArray[np.generic]:
-        found = np.empty((self.rows, stop - start), dtype=np.result_type(*(stored.dtype for stored in self._stored)))
+        found = self._made((self.rows, stop - start), np.result_type(*(stored.dtype for stored in self._stored)))
         row = 0
         for stored in self._stored:
             stored.read_into(found[row : row + stored.rows], start)
             row += stored.rows
         return found
+
+    def _made(self, shape: tuple[int, int], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+        """Return a new matrix; in the memory of the one before the last while parts are read."""
+        if not self._memory:
+            return np.empty(shape, dtype)
+        size = shape[0] * shape[1] * dtype.itemsize
+        self._memory.reverse()
+        if self._memory[0].size < size:
+            self._memory[0] = np.empty(size, np.uint8)
+        return self._memory[0][:size].view(dtype).reshape(shape)
 
 
 class _Stored:

@@ -1,5 +1,6 @@
 """Arrays come back bit for bit, and what is missing is never read as numbers."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -309,9 +310,23 @@ def test_an_array_of_another_layout_is_refused(tmp_path: Path) -> None:
 def test_parts_are_the_columns_one_after_the_other(
     unequal: tuple[list[Path], np.ndarray], bounds: list[list[int]]
 ) -> None:
-    found = list(Columns(unequal[0]).parts((start, stop) for start, stop in bounds))
-    assert len(found) == len(bounds)
-    for part, (start, stop) in zip(found, bounds, strict=True):
+    together = Columns(unequal[0])
+    for _ in range(2):
+        found = [part.copy() for part in together.parts((start, stop) for start, stop in bounds)]
+        assert len(found) == len(bounds)
+        for part, (start, stop) in zip(found, bounds, strict=True):
+            np.testing.assert_array_equal(part, unequal[1][:, start:stop], strict=True)
+        for start, stop in bounds:
+            np.testing.assert_array_equal(together.read(start, stop), unequal[1][:, start:stop], strict=True)
+
+
+def test_a_part_holds_while_the_next_is_read(unequal: tuple[list[Path], np.ndarray]) -> None:
+    for (start, stop), part in zip(
+        [(0, 5), (5, 8), (8, 10), (10, 17), (17, 20), (20, 23)],
+        Columns(unequal[0]).parts([(0, 5), (5, 8), (8, 10), (10, 17), (17, 20), (20, 23)]),
+        strict=True,
+    ):
+        time.sleep(0.02)  # the next is there by now
         np.testing.assert_array_equal(part, unequal[1][:, start:stop], strict=True)
 
 
