@@ -56,7 +56,7 @@ def _quantile_of(values: Peaks, share: float, of: Callable[[Peaks], Peaks]) -> f
     before, kept = 0, []
     for some in _strips(values):
         made = of(some)
-        before += np.count_nonzero(made < first)
+        before += int(np.count_nonzero(made < first))
         kept.append(made[(made >= first) & (made <= last)])
     between = np.concatenate(kept)
     if not before <= low <= high < before + between.size:

@@ -165,7 +165,7 @@ class _Stored:
         _without_nan(part, self.path)
 
     def _fill(self, file: FileIO, values: npt.NDArray[np.generic]) -> None:
-        left = memoryview(values.reshape(-1).view(np.uint8))
+        left = values.reshape(-1).view(np.uint8).data
         while left:
             count = file.readinto(left)
             if not count:
