@@ -17,7 +17,7 @@ SPARSE_SHARE = 0.25  # of the bytes may be filled for lists of all channels at o
 LISTED_BYTES = 2**24  # at most so many, for their memory: 400 MB while they are made
 LISTS_AT_ONCE = 4096
 TABLE_SHARE = 0.8  # where eight channels fire more often than this, a table of their sums is faster than lists
-LISTING_SHARE = 0.7  # finding the samples that fire a channel takes as long as this share of the samples firing it
+LISTING_SHARE = 0.7  # finding what fires a channel takes as long as subtracting from this share of all samples
 BYTE_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.int64)  # (256, 8)
 
 

@@ -67,11 +67,10 @@ def _quantile_of(values: Peaks, share: float, of: Callable[[Peaks], Peaks]) -> f
 
 
 def _strips(values: Peaks) -> Iterator[Peaks]:
-    """Yield some rows after the other, few enough for the processor's cache."""
-    rows = values.reshape(1, -1) if values.ndim == 1 else values
-    step = max(1, STRIP_VALUES // max(1, rows[0].size))
-    for start in range(0, len(rows), step):
-        yield rows[start : start + step]
+    """Yield all values, some of the first axis at a time, few enough for the processor's cache."""
+    step = max(1, STRIP_VALUES * len(values) // values.size)
+    for start in range(0, len(values), step):
+        yield values[start : start + step]
 
 
 def _drawn(values: Peaks) -> Peaks:

@@ -101,18 +101,20 @@ class Columns:
         What was yielded holds until the one after it is asked for: its memory is used again, since having the system
         make pages anew takes longer than reading.
         """
-        self._start, self._kept = 0, None  # an earlier call's memory may be used again by now
+        self._start, self._kept = 0, None
         self._memory = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
-        with ThreadPoolExecutor(1, "read-ahead") as reader:
-            waiting: Future[npt.NDArray[np.generic]] | None = None
-            for start, stop in bounds:
-                following = reader.submit(self.read, start, stop)
+        try:
+            with ThreadPoolExecutor(1, "read-ahead") as reader:
+                waiting: Future[npt.NDArray[np.generic]] | None = None
+                for start, stop in bounds:
+                    following = reader.submit(self.read, start, stop)
+                    if waiting is not None:
+                        yield waiting.result()
+                    waiting = following
                 if waiting is not None:
                     yield waiting.result()
-                waiting = following
-            if waiting is not None:
-                yield waiting.result()
-        self._start, self._kept, self._memory = 0, None, []
+        finally:  # what is read from now on has memory of its own, however this ended
+            self._start, self._kept, self._memory = 0, None, []
 
     def _chunks(self, start: int, stop: int) -> npt.NDArray[np.generic]:
         found = self._made((self.rows, stop - start), np.result_type(*(stored.dtype for stored in self._stored)))

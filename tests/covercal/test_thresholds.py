@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from covercal import thresholds
 from covercal.thresholds import PEAK_RULES, RULES, WEIGHTINGS, above, poorly_reconstructed, quantile
 
 Floats = npt.NDArray[np.float64]
@@ -57,6 +58,59 @@ def test_a_quantile_is_quantile_cont_in_sql(share: float, count: int) -> None:
     with duckdb.connect(":memory:", config={"threads": 1}) as connection:
         (expected,) = connection.execute(sql, [values.ravel().astype(np.float64).tolist()]).fetchone() or (None,)
     assert quantile(values, share) == pytest.approx(expected, rel=0, abs=rounding(values))
+
+
+def in_order(values: Peaks, share: float) -> float:
+    """Return the quantile from all values in order."""
+    ordered, place = np.sort(values, axis=None), share * (values.size - 1)
+    low = int(place)
+    below, over = float(ordered[low]), float(ordered[min(low + 1, values.size - 1)])
+    return below + (place - low) * (over - below)
+
+
+@pytest.fixture(scope="module")
+def many() -> Peaks:
+    """More values than are drawn, not next to each other, many of them equal."""
+    peaks = np.random.default_rng(3).lognormal(0, 2, (700, 600)).astype(np.float32)
+    peaks[::3] = np.float32(0.5)
+    assert peaks[:, 50:450].size > thresholds.DRAWN
+    return peaks[:, 50:450]
+
+
+@pytest.mark.parametrize("share", [*SHARES, 0.37])
+def test_a_quantile_of_many_values_is_that_of_all_in_order(many: Peaks, share: float) -> None:
+    assert quantile(many, share) == in_order(many, share)
+    assert quantile(many.reshape(-1), share) == in_order(many, share)
+
+
+@pytest.mark.parametrize("ends", [(-1.0, 0.0), (1e6, 1e9), (0.5, 0.5), (2.0, 1.0)])
+def test_a_draw_that_does_not_enclose_the_quantile_changes_nothing(
+    many: Peaks, ends: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thresholds, "_enclosing", lambda drawn, share: ends)
+    for share in SHARES:
+        assert quantile(many, share) == in_order(many, share)
+
+
+def test_only_few_of_many_values_are_put_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = np.random.default_rng(4).standard_exponential((700, 400)).astype(np.float32)
+    sizes, plain = [], np.partition
+
+    def counting(values: Peaks, places: tuple[int, int]) -> Peaks:
+        sizes.append(values.size)
+        return plain(values, places)
+
+    monkeypatch.setattr(np, "partition", counting)
+    for share in (0.5, 0.999):
+        quantile(peaks, share)
+    assert max(sizes) < peaks.size / 20
+
+
+@pytest.mark.parametrize("k", [0.5, 3.0])
+def test_the_median_deviation_of_many_values_is_that_of_all_in_order(many: Peaks, k: float) -> None:
+    middle = in_order(many, 0.5)
+    spread = in_order(np.abs(many - np.float32(middle)), 0.5)
+    assert PEAK_RULES["mad"](many, k) == middle + k * 1.4826 * spread
 
 
 @pytest.mark.parametrize("step", range(17))

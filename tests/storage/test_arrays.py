@@ -337,3 +337,15 @@ def test_an_error_while_reading_ahead_is_told(tmp_path: Path) -> None:
     shards(paths[0])[0].unlink()
     with pytest.raises(StorageError, match="lacks a chunk"):
         list(parts)
+
+
+def test_after_parts_that_were_left_early_what_is_read_keeps_its_values(
+    unequal: tuple[list[Path], np.ndarray],
+) -> None:
+    paths, values = unequal
+    together = Columns(paths)
+    parts = together.parts([(0, 5), (5, 10), (10, 15)])
+    next(parts)
+    parts.close()
+    found = [together.read(start, start + 5) for start in (0, 5, 10, 15)]
+    np.testing.assert_array_equal(np.concatenate(found, axis=1), values[:, :20])
