@@ -225,7 +225,8 @@ def _checked_weights(weights: Numbers, items: int) -> Floats:
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | None:
     """Return Spearman's rank correlation and its two-sided p-value, by Student's t with two degrees less than pairs.
 
-    Ties have the mean of their ranks. Not by scipy.stats, which takes half a second to load. None when either side has fewer than three different values.
+    Ties have the mean of their ranks. Not by scipy.stats, which takes half a second to load.
+    None when either side has fewer than three different values.
     """
     if min(len(set(a)), len(set(b))) < 3:
         return None
