@@ -290,7 +290,9 @@ class _Channels:
         by_table = np.repeat(often, np.diff(starts, append=channels.size))
         self._subtract_lists(gain, fixed, channels[~by_table])
         weights = np.zeros((len(self._bytes), 8), dtype=np.int64)
-        weights.reshape(-1)[channels[by_table]] = fixed[channels[by_table]]
+        tabled = channels[by_table]
+        weights.reshape(-1)[tabled] = fixed[tabled]
+        self._cost[tabled] -= (self._cost[tabled] - self.fires[tabled]) // 2  # asked for again, a list is worth making
         together = places[starts[often]]
         for place, sums in zip(together, weights[together] @ BYTE_BITS.T, strict=True):
             gain -= sums.take(self._bytes[place])
