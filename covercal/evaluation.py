@@ -11,7 +11,8 @@ from torch import Tensor
 
 from covercal.decoder import Decoder, final_hidden, head_logits, token_tensor
 
-HEAD_TOKENS = 256  # tokens whose logits over the whole vocabulary are held at once
+HEAD_TOKENS = 128  # tokens whose logits over the whole vocabulary are held at once
+COMPARED_TOKENS = 16  # of these, whose logits are gone through together: they stay in the processor's cache
 Tokens = npt.NDArray[np.int32]
 
 
@@ -119,9 +120,8 @@ def score(
 
 
 def kl_divergence(original: Tensor, quantized: Tensor) -> Tensor:
-    """Return KL(original || quantised) in nats, float64 (tokens,), of two float32 (tokens, vocabulary) logits."""
-    p, q = torch.log_softmax(original, dim=-1), torch.log_softmax(quantized, dim=-1)
-    return (p.exp() * (p - q)).sum(dim=-1, dtype=torch.float64)
+    """Return KL(original || quantised), nats, float64 (tokens,), of float32 (tokens, vocabulary) log-probabilities."""
+    return (original.exp() * (original - quantized)).sum(dim=-1, dtype=torch.float64)
 
 
 def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -159,12 +159,12 @@ def _losses(decoder: Decoder, hidden: Tensor, tokens: Tensor) -> Iterable[npt.ND
 def _compare(
     quantized: Decoder, original: Decoder, states: Tensor, reference: Tensor, tokens: Tensor
 ) -> SequenceScores:
-    divergence, loss, agreement = 0.0, 0.0, 0
+    found: list[tuple[Tensor, ...]] = []
     for positions, targets in _predicting(tokens):
-        p = head_logits(original, reference[:, positions])[0]
-        q = head_logits(quantized, states[:, positions])[0]
-        divergence += float(kl_divergence(p, q).sum())
-        loss += float(next_token_losses(q, targets).sum(dtype=torch.float64))
-        agreement += int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
-    count = tokens.shape[1] - 1
-    return SequenceScores(count, loss / count, divergence / count, agreement / count)
+        whole = head_logits(original, reference[:, positions])[0], head_logits(quantized, states[:, positions])[0]
+        for *logits, wanted in zip(*(torch.split(each, COMPARED_TOKENS) for each in (*whole, targets)), strict=True):
+            p, q = (torch.log_softmax(each, dim=-1) for each in logits)
+            loss = torch.nn.functional.nll_loss(q, wanted, reduction="none")
+            found.append((kl_divergence(p, q), loss, p.argmax(dim=-1) == q.argmax(dim=-1)))
+    divergences, losses, agreements = (torch.cat(each).double() for each in zip(*found, strict=True))
+    return SequenceScores(len(losses), *(float(each.mean()) for each in (losses, divergences, agreements)))

@@ -64,7 +64,7 @@ def reference_text(
     return {"tokens": int(found.losses.size)}
 
 
-@cached("evaluation", version=2, ignored=("imported", "device"), names={"dtype": "model.dtype"})
+@cached("evaluation", version=3, ignored=("imported", "device"), names={"dtype": "model.dtype"})
 def evaluate_text(
     build: Build,
     *,

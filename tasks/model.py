@@ -1,6 +1,9 @@
 """Stage `model`: a GGUF file unpacked to a safetensors folder once; and loaded models, shared within a process."""
 
+import functools
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,25 @@ _loading = threading.Lock()
 @cached("model", version=1)
 def import_model(build: Build, *, model: ModelIdentity) -> dict[str, Any]:
     """Dequantise a GGUF file to float32 safetensors, with its configuration and tokenizer."""
+    with _parsed_once():
+        return _unpack(build, model)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let a GGUF file be parsed once; transformers does it for tokenizer, configuration and weights, seconds each."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    parsed = functools.cache(reader)
+    gguf.GGUFReader = lambda path: parsed(str(path))
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
+
+
+def _unpack(build: Build, model: ModelIdentity) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
