@@ -16,8 +16,13 @@ Peaks = npt.NDArray[np.float32]
 def median_deviation(peaks: Peaks, k: float) -> float:
     """Return median + k * 1.4826 * median absolute deviation: mean + k sigma that a few huge peaks do not move."""
     middle = quantile(peaks, 0.5)
-    spread = _quantile_of(peaks, 0.5, lambda some: np.abs(some - np.float32(middle)))
+    spread = _quantile_of(peaks, 0.5, lambda some: _distance(some, np.float32(middle)))
     return middle + k * MAD_TO_SIGMA * spread
+
+
+def _distance(values: Peaks, middle: np.float32) -> Peaks:
+    found: Peaks = values - middle
+    return np.abs(found, out=found)
 
 
 def median_multiple(peaks: Peaks, k: float) -> float:
@@ -55,9 +60,10 @@ def _quantile_of(values: Peaks, share: float, of: Callable[[Peaks], Peaks]) -> f
     first, last = _enclosing(of(_drawn(values)), share)
     before, kept = 0, []
     for some in _strips(values):
-        made = of(some)
-        before += int(np.count_nonzero(made < first))
-        kept.append(made[(made >= first) & (made <= last)])
+        made = of(some).reshape(-1)
+        below = made < first
+        before += int(np.count_nonzero(below))
+        kept.append(made[np.flatnonzero(below != (made <= last))])
     between = np.concatenate(kept)
     if not before <= low <= high < before + between.size:
         before, between = 0, np.concatenate([of(some).reshape(-1) for some in _strips(values)])
@@ -96,6 +102,11 @@ def above(peaks: Peaks, limit: float) -> npt.NDArray[np.bool_]:
         nearest = np.float32(limit)
     below = np.nextafter(nearest, np.float32(-np.inf)) if float(nearest) > limit else nearest
     return peaks > below
+
+
+def packed_above(peaks: Peaks, limit: float) -> npt.NDArray[np.uint8]:
+    """Return `numpy.packbits(above(peaks, limit), axis=1)`, made strip by strip."""
+    return np.concatenate([np.packbits(above(some, limit), axis=1) for some in _strips(peaks)])
 
 
 def poorly_reconstructed(errors: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:

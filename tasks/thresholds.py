@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from covercal.coverage import PackedBits
 from covercal.errors import CovercalError
-from covercal.thresholds import PEAK_RULES, SIGMA, above, poorly_reconstructed
+from covercal.thresholds import PEAK_RULES, SIGMA, packed_above, poorly_reconstructed
 from storage.arrays import Columns, read_array, write_array
 from storage.artifacts import ArtifactStore
 from storage.manifest import Ref
@@ -21,6 +21,7 @@ from tasks.capture import CHANNELS, PEAK
 THRESHOLDS = "thresholds.parquet"
 OUTLIERS = "outliers.parquet"
 COVERAGE = "coverage.zarr"
+STRIP_BITS = 2**18
 
 # Mean and standard deviation of |x| over all tokens and channels of a site (COVERCAL, arXiv 2604.24008, section 3.1:
 # tau = mu + 6 sigma, one per layer). The sums are float64; E[x^2] - E[|x|]^2 loses nothing that matters here, since |x|
@@ -96,8 +97,7 @@ def find_outliers(
         mine = np.asarray(part, dtype=np.float32)
         limit = row["mean"] + factor * row["sigma"] if rule == SIGMA else PEAK_RULES[rule](mine, factor)
         _check_limit(row, limit, rule)
-        fires = above(mine, limit)
-        bits.add(_fired(fires))
+        bits.add(packed_above(mine, limit), row["channels"])
         limits.append(limit)
         advance(1)
     write_table(build.folder / THRESHOLDS, sites.append_column("threshold", pa.array(limits, pa.float64())))
@@ -111,12 +111,6 @@ def find_outliers(
     write_table(build.folder / OUTLIERS, outliers)
     write_array(build.folder / COVERAGE, bits.packed())
     return {"outliers": outliers.num_rows, "channels": sum(row["channels"] for row in rows)}
-
-
-def _fired(fires: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Return the columns that are anywhere true."""
-    fired = fires.any(axis=0)
-    return fires if fired.all() else np.take(fires, np.flatnonzero(fired), axis=1)  # by a mask 15 times slower
 
 
 def _check_limit(row: dict[str, Any], limit: float, rule: str) -> None:
@@ -150,7 +144,7 @@ def poor_sites(store: ArtifactStore, outliers: Ref, linears: list[dict[str, Any]
 
 
 class BitColumns:
-    """Packs a wide bool matrix that comes some columns at a time, eight columns to a byte.
+    """Packs those columns of a wide bool matrix that are anywhere true, eight to a byte; they come some at a time.
 
     Parameters
     ----------
@@ -160,16 +154,29 @@ class BitColumns:
 
     def __init__(self, rows: int) -> None:
         self.columns = 0
-        self._left = np.zeros((rows, 0), dtype=bool)
+        self._left = np.zeros((rows, 0), dtype=np.uint8)  # what fills no byte yet, a bit to a byte
         self._bytes: list[npt.NDArray[np.uint8]] = []
 
-    def add(self, columns: npt.NDArray[np.bool_]) -> None:
-        """Append columns, bool (rows, any)."""
-        self.columns += columns.shape[1]
-        joined = np.concatenate([self._left, columns], axis=1)
-        whole = joined.shape[1] // 8 * 8
-        self._bytes.append(np.packbits(joined[:, :whole], axis=1))
-        self._left = joined[:, whole:]
+    def add(self, bits: npt.NDArray[np.uint8], columns: int) -> None:
+        """Append some columns, uint8 (rows, ceil(columns / 8)), packed themselves."""
+        anywhere = np.unpackbits(np.bitwise_or.reduce(bits, axis=0), count=columns)
+        chosen = np.flatnonzero(anywhere)
+        self.columns += chosen.size
+        if chosen.size == columns and not columns % 8 and not self._left.shape[1]:
+            self._bytes.append(bits)
+            return
+        width = self._left.shape[1] + chosen.size
+        whole = np.empty((len(bits), width // 8), dtype=np.uint8)
+        left = np.empty((len(bits), width % 8), dtype=np.uint8)
+        step = max(1, STRIP_BITS // max(columns, 1))  # rows whose bits stay in the processor's cache
+        # by a mask instead of places, 15 times slower
+        for rows in (slice(start, start + step) for start in range(0, len(bits), step)):
+            some = np.take(np.unpackbits(bits[rows], axis=1, count=columns), chosen, axis=1)
+            joined = np.concatenate([self._left[rows], some], axis=1)
+            whole[rows] = np.packbits(joined[:, : width - width % 8], axis=1)
+            left[rows] = joined[:, width - width % 8 :]
+        self._bytes.append(whole)
+        self._left = left
 
     def packed(self) -> npt.NDArray[np.uint8]:
         """Return uint8 (rows, ceil(columns / 8)), as numpy.packbits of the whole."""

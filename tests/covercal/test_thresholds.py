@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from covercal import thresholds
-from covercal.thresholds import PEAK_RULES, RULES, WEIGHTINGS, above, poorly_reconstructed, quantile
+from covercal.thresholds import PEAK_RULES, RULES, WEIGHTINGS, above, packed_above, poorly_reconstructed, quantile
 
 Floats = npt.NDArray[np.float64]
 Peaks = npt.NDArray[np.float32]
@@ -248,6 +248,12 @@ def test_the_scale_of_errors_does_not_matter(scale: float) -> None:
 @given(finite, st.one_of(st.floats(allow_nan=False), st.floats(-(2.0**100), 2.0**100, width=32)))
 def test_what_is_above_a_limit_is_what_float64_says(peaks: Peaks, limit: float) -> None:
     np.testing.assert_array_equal(above(peaks, limit), peaks.astype(np.float64) > limit)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (700, 1001)])
+def test_packed_bits_are_those_of_the_whole(shape: tuple[int, int]) -> None:
+    peaks = np.random.default_rng(2).standard_normal((shape[0], shape[1] + 3), dtype=np.float32)[:, 2:-1]
+    np.testing.assert_array_equal(packed_above(peaks, 0.7), np.packbits(peaks > 0.7, axis=1), strict=True)
 
 
 @pytest.mark.parametrize("step", [-1, 0, 1])

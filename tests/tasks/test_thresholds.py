@@ -583,19 +583,20 @@ def test_from_texts_to_outliers_everything_agrees_with_the_model_in_float64(
 @given(st.integers(0, 5), st.lists(st.integers(0, 20), max_size=8), st.integers(0, 2**32))
 def test_bits_that_come_some_columns_at_a_time_are_packed_as_the_whole(rows: int, widths: list[int], seed: int) -> None:
     generator = np.random.default_rng(seed)
-    parts = [generator.random((rows, width)) < 0.4 for width in widths]
+    parts = [generator.random((rows, width)) < generator.choice([0.05, 0.4, 1.0]) for width in widths]
     bits = BitColumns(rows)
     for part in parts:
-        bits.add(part)
-    every = np.concatenate([np.zeros((rows, 0), dtype=bool), *parts], axis=1)
+        bits.add(np.packbits(part, axis=1), part.shape[1])
+    every = np.concatenate([np.zeros((rows, 0), dtype=bool), *(part[:, part.any(axis=0)] for part in parts)], axis=1)
+    assert bits.columns == every.shape[1]
     np.testing.assert_array_equal(bits.packed(), np.packbits(every, axis=1), strict=True)
 
 
 def test_bits_can_be_packed_more_than_once() -> None:
     bits = BitColumns(2)
-    bits.add(np.ones((2, 3), dtype=bool))
+    bits.add(np.packbits(np.ones((2, 3), dtype=bool), axis=1), 3)
     first = bits.packed()
-    bits.add(np.ones((2, 7), dtype=bool))
+    bits.add(np.packbits(np.ones((2, 7), dtype=bool), axis=1), 7)
     assert first.tolist() == [[0b11100000]] * 2
     assert bits.packed().tolist() == [[255, 0b11000000]] * 2
 
