@@ -61,9 +61,9 @@ def _quantile_of(values: Peaks, share: float, of: Callable[[Peaks], Peaks]) -> f
     before, kept = 0, []
     for some in _strips(values):
         made = of(some).reshape(-1)
-        below = made < first
-        before += int(np.count_nonzero(below))
-        kept.append(made[np.flatnonzero(below != (made <= last))])
+        under = made < first
+        before += int(np.count_nonzero(under))
+        kept.append(made[np.flatnonzero(under != (made <= last))])
     between = np.concatenate(kept)
     if not before <= low <= high < before + between.size:
         before, between = 0, np.concatenate([of(some).reshape(-1) for some in _strips(values)])
