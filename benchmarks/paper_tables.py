@@ -30,7 +30,7 @@ from flows.demo import GGUF, prepare
 from flows.execution import Direct, Planned, Recorder
 from flows.inputs import identify
 from flows.summary import selection_summary
-from flows.sweep import Cell, CellResult, Row, cells, main_number, results_summary, rows, run_cells
+from flows.sweep import Cell, CellResult, Row, cells, half_interval, main_number, results_summary, rows, run_cells
 from storage.artifacts import ArtifactStore
 from storage.tables import query, read_table
 from tasks.cached import open_store
@@ -52,6 +52,7 @@ RIVALS = (
 WEIGHTINGS = ("full", "unweighted", "magnitude", "column_norm", "squared_norm")
 FACTORS = (4.0, 5.0, 6.0, 7.0, 8.0)
 SITES = ("linear_inputs", "block_inputs")
+METHODS = ("awq", "covercal")  # besides plain and shrunk GPTQ
 ABLATED, ALL = 32, 256  # budget of the ablations; random samples that 64 chosen are to match
 LIGHT = ("model", "pool", "texts", "outliers", "selection", "measures")
 
@@ -289,6 +290,63 @@ def layer_table(made: Cells, bits: int, shrinkage: float, budget: int) -> Markdo
     return Markdown(title, ["block", *columns], lines)
 
 
+def percent_tables(grid: Sequence[CellResult]) -> list[Markdown]:
+    """Return how far each selector is from random choice in percent of its KL, pool by pool: by budget, by setting."""
+    found = _percents(grid)
+    names = sorted({key[0] for key in found})
+    by_budget, by_setting = [], []
+    for budget in sorted({key[1] for key in found}):
+        words = [str(budget)]
+        for name in names:
+            mine = {key: value for key, value in found.items() if key[:2] == (name, budget)}
+            pools = sorted({key[-1] for key in mine})
+            of_pool = [float(np.mean([v for key, v in mine.items() if key[-1] == pool])) for pool in pools]
+            lower = sum(value < 0 for value in mine.values())
+            words.append(f"{_percent_words(of_pool)}; lower in {lower} of {len(mine)}")
+        by_budget.append(words)
+    for setting in sorted({key[1:4] for key in found}):
+        words = [str(setting[1]), str(setting[2]), str(setting[0])]
+        for name in names:
+            words.append(_percent_words([v for key, v in found.items() if key[:4] == (name, *setting)]))
+        by_setting.append(words)
+    return [
+        Markdown("Percent of the KL of random choice, means over settings", ["samples", *names], by_budget),
+        Markdown("Percent of the KL of random choice", ["bits", "shrinkage", "samples", *names], by_setting),
+    ]
+
+
+def _percents(grid: Sequence[CellResult]) -> dict[tuple[Any, ...], float]:
+    """Return 100 (KL / KL of random choice - 1) by selector, budget, bits, shrinkage and pool."""
+    values: dict[tuple[Any, ...], list[float]] = {}
+    of = ("selection.selector", "selection.budget", "quantization.bits", "quantization.shrinkage", "pool.seed")
+    for each in grid:
+        if not each.error:
+            values.setdefault(tuple(each.fields[name] for name in of), []).append(main_number(each.scores))
+    random = {key[1:]: float(np.mean(each)) for key, each in values.items() if key[0] == "random"}
+    return {
+        key: 100 * (float(np.mean(each)) / random[key[1:]] - 1)
+        for key, each in values.items()
+        if key[0] != "random" and key[1:] in random
+    }
+
+
+def _percent_words(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:+.1f} (1 pool)"
+    interval = half_interval(values)
+    words = f"{np.mean(values):+.1f} ± {interval:.1f}"
+    return f"{'**' + words + '**' if abs(np.mean(values)) > interval else words} ({len(values)} pools)"
+
+
+def paired_table(title: str, found: list[Row], *fields: str) -> Markdown:
+    """Return the mean KL of some cells, and how far above random choice of the same size from the same pools it is."""
+    lines = [[*(str(row.fields[name]) for name in fields), str(len(row.values)), _cell_words(row)] for row in found]
+    columns = [*(name.partition(".")[2] for name in fields), "pools", "KL, difference from random choice"]
+    return Markdown(title, columns, sorted(lines))
+
+
 def match_table(made: Cells, wanted: Wanted, found: list[Row]) -> Markdown:
     """Return what 64 chosen samples are worth beside 256 random ones."""
     axes = {**settings(wanted), "selection.selector": ["random"], "selection.budget": [ALL], "selection.seed": [0]}
@@ -311,12 +369,19 @@ def tables(made: Cells, wanted: Wanted) -> tuple[list[Markdown], list[CellResult
     axes = {**settings(wanted), "selection.selector": MAIN, "selection.seed": range(wanted.seeds)}
     grid = made.results({**axes, "selection.budget": wanted.budgets, "pool.seed": range(wanted.pools)})
     found = rows(grid)
-    rivals = made.results({**settings(wanted), "selection.selector": RIVALS, "selection.budget": [ABLATED]})
-    first = [each for each in grid if each.fields["pool.seed"] == 0]
-    at_budget = [each for each in first if each.fields["selection.budget"] == ABLATED]
+    pools = {"selection.seed": [0], "selection.budget": [ABLATED], "pool.seed": range(wanted.pools)}
+    rivals = made.results({**settings(wanted), "selection.selector": RIVALS, **pools})
+    other = made.results(
+        {"quantization.method": METHODS, "quantization.bits": wanted.bits, "selection.selector": MAIN[:2], **pools}
+    )
+    at_budget = [each for each in grid if each.fields["selection.budget"] == ABLATED]
+    setting = ("quantization.bits", "quantization.shrinkage", "selection.selector")
     made_tables = [
         budget_table(found),
-        methods_table(at_budget + rivals, ABLATED),
+        *percent_tables(grid),
+        paired_table(f"Every selector at {ABLATED} samples, several pools", rows([*at_budget, *rivals]), *setting),
+        paired_table(f"Other methods at {ABLATED} samples", rows(other), "quantization.method", setting[0], setting[2]),
+        methods_table([each for each in [*at_budget, *rivals] if each.fields["pool.seed"] == 0], ABLATED),
         match_table(made, wanted, found),
         coverage_table(made, [8, ABLATED, 128], wanted.seeds),
         ablation_table(made, "weighting", WEIGHTINGS, wanted),

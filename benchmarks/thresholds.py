@@ -1,15 +1,18 @@
 """Thresholds, outlier channels and coverage matrix from statistics on disk, beside reading those statistics once.
 
-`python -m benchmarks.thresholds [--samples 10000] [--sites 32] [--width 4096] [--folder FOLDER] [--output FILE]`
+`python -m benchmarks.thresholds [--rounds 3] [--samples 10000] [--sites 32] [--width 4096] [--folder FOLDER]
+[--output FILE]`
 
 Each measurement is a process of its own, after the kernel was asked to forget the files. Bytes are what the process
-read (`rchar` of /proc/self/io), memory is its greatest resident size.
+read (`rchar` of /proc/self/io), memory is its greatest resident size. Seconds are medians, with the least and the most
+of the rounds; a ratio is that to the reading of the same round.
 """
 
 import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -82,6 +85,7 @@ def files_of(store: ArtifactStore, refs: list[Ref]) -> list[Path]:
 
 def measured(what: str, root: Path, refs: list[Ref]) -> dict[str, Any]:
     """Run one measurement in a process of its own."""
+    shutil.rmtree(root / "objects" / "outliers", ignore_errors=True)  # of the round before
     forget(files_of(ArtifactStore(root), refs))
     text = json.dumps([[ref.stage, ref.key, ref.digest] for ref in refs])
     command = [sys.executable, "-m", "benchmarks.thresholds", "--measure", what, "--folder", str(root)]
@@ -127,6 +131,7 @@ def bytes_read() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--sites", type=int, default=32)
     parser.add_argument("--width", type=int, default=4096)
@@ -141,22 +146,29 @@ def main() -> None:
         store = ArtifactStore(Path(folder))
         refs = make_statistics(store, wanted.samples, wanted.sites, wanted.width)
         size = sum(path.stat().st_size for path in files_of(store, refs))
-        found = {what: measured(what, Path(folder), refs) for what in ("reading", *RULES)}
-    plain = found["reading"]["seconds"]
-    rows = [
-        [
-            name,
-            f"{each['seconds']:.1f}",
-            f"{each['seconds'] / plain:.2f} x",
-            f"{each['bytes_read'] / size:.3f} x",
-            f"{each['resident_bytes'] / 1e9:.2f} GB",
-            each.get("outliers", ""),
+        turns = [
+            {what: measured(what, Path(folder), refs) for what in ("reading", *RULES)} for _ in range(wanted.rounds)
         ]
-        for name, each in found.items()
-    ]
+    rows = []
+    for name, last in turns[-1].items():
+        ratios = [turn[name]["seconds"] / turn["reading"]["seconds"] for turn in turns]
+        rows.append(
+            [
+                name,
+                spread([turn[name]["seconds"] for turn in turns], 1),
+                spread(ratios, 2),
+                f"{last['bytes_read'] / size:.3f} x",
+                f"{last['resident_bytes'] / 1e9:.2f} GB",
+                last.get("outliers", ""),
+            ]
+        )
     title = f"{wanted.samples:,} samples x {wanted.sites * wanted.width:,} channels, {size / 1e9:.1f} GB of statistics"
     columns = ["what", "s", "of reading once", "bytes read", "memory", "outlier channels"]
-    report(title, columns, rows, {"bytes": size, "measured": found}, wanted.output)
+    report(title, columns, rows, {"bytes": size, "rounds": turns}, wanted.output)
+
+
+def spread(values: list[float], digits: int) -> str:
+    return f"{np.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 if __name__ == "__main__":
