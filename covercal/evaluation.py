@@ -11,7 +11,7 @@ from torch import Tensor
 
 from covercal.decoder import Decoder, final_hidden, head_logits, token_tensor
 
-HEAD_TOKENS = 128  # tokens whose logits over the whole vocabulary are held at once
+HEAD_TOKENS = 256  # tokens whose logits over the whole vocabulary are held at once
 COMPARED_TOKENS = 16  # of these, whose logits are gone through together: they stay in the processor's cache
 Tokens = npt.NDArray[np.int32]
 
