@@ -7,7 +7,7 @@ its paper changed, and a recipe may change any of them again.
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from covercal.section import Choice, Section, one_of
 
@@ -233,13 +233,20 @@ class Quantization(Section):
         description="dtype of scales and unquantised weights in the checkpoint; auto: the model's own 16-bit dtype",
     )
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _preset(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        method = value.get("method", cls.model_fields["method"].default)
-        return with_defaults(value, PRESETS.get(method, {})) if isinstance(method, str) else value
+    def _preset(cls, value: Any, validated: ModelWrapValidatorHandler[Self]) -> Self:
+        """Fill in the preset; what it gives does not count as set: with another method it would be that method's."""
+        method = value.get("method", cls.model_fields["method"].default) if isinstance(value, Mapping) else None
+        if not isinstance(method, str):
+            return validated(value)
+        made = validated(with_defaults(value, PRESETS.get(method, {})))
+        made.model_fields_set.intersection_update(value)
+        for name, section in SECTIONS.items():
+            given = section.spelled_out(value.get(name))
+            if isinstance(given, Mapping):
+                getattr(made, name).model_fields_set.intersection_update(given)
+        return made
 
     @model_validator(mode="after")
     def _combines(self) -> Self:

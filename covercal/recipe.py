@@ -343,9 +343,16 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, name: str = "recipe", o
     return _absolute(recipe, folder)
 
 
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as plain JSON, of the quantisation only what was given: the rest is its method's to say."""
+    value = recipe.model_dump(mode="json")
+    return value | {"quantization": recipe.quantization.model_dump(mode="json", exclude_unset=True)}
+
+
 def with_fields(recipe: Recipe, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe as plain JSON with some fields (`section.field`) set, and without its sweep."""
-    value = recipe.model_dump(mode="json", exclude={"sweep"})
+    value = plain(recipe)
+    del value["sweep"]
     for name, wanted in fields.items():
         here = value
         *sections, last = name.split(".")

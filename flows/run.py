@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from covercal.errors import CovercalError
-from covercal.recipe import Recipe
+from covercal.recipe import Recipe, plain
 from flows.chain import run_chain
 from flows.display import Display
 from flows.execution import Direct, Event, Planned, Recorder
@@ -116,7 +116,7 @@ def _run_sweep(running: Running, output: Path | None, tell: Tell, console: Conso
     from flows.entrypoints import keeping, sweep
 
     with keeping(running, tell, output):
-        state = sweep(running.recipe.model_dump(mode="json"), return_state=True)
+        state = sweep(plain(running.recipe), return_state=True)
     return _found(state, FinishedSweep)
 
 

@@ -12,7 +12,8 @@ import pytest
 from scipy import stats
 
 from covercal.errors import InputError
-from covercal.recipe import load_recipe
+from covercal.quantization_settings import PRESETS, Quantization
+from covercal.recipe import load_recipe, parse_recipe, plain
 from flows.execution import Direct, Recorder
 from flows.inputs import check_model
 from flows.report import Took, write_sweep
@@ -63,6 +64,17 @@ def test_a_cell_is_the_recipe_with_its_fields_set(write_recipe: WriteRecipe) -> 
         expected = load_recipe(path, fields)
         assert cell.recipe.quantization == expected.quantization
         assert cell.recipe.sweep == {} or cell.recipe.sweep == expected.sweep
+
+
+@pytest.mark.parametrize("given", [{}, {"shrinkage": 0}, {"rounding": {"polish": 1}, "target": {"alpha": 0.5}}])
+def test_a_swept_method_brings_all_that_its_preset_says(write_recipe: WriteRecipe, given: dict[str, Any]) -> None:
+    methods = sorted(PRESETS)
+    quantization = {"method": "gptq", "bits": 4, "group_size": 8, **given}
+    read = load_recipe(write_recipe(quantization=quantization, sweep={"quantization.method": methods}))
+    for recipe in (read, parse_recipe(plain(read), Path("/"))):  # as the command has it, and as the flow gets it
+        assert recipe == read
+        found = {cell.recipe.quantization.method: cell.recipe.quantization for cell in cells(recipe)}
+        assert found == {name: Quantization(**{**quantization, "method": name}) for name in methods}
 
 
 # --- intervals -----------------------------------------------------------------------------------------------------
