@@ -130,7 +130,7 @@ class Cells:
 
     def results(self, axes: dict[str, Sequence[Any]]) -> list[CellResult]:
         """Return what every combination of the axes gave."""
-        swept = self.recipe.model_copy(update={"sweep": {name: list(values) for name, values in axes.items()}})
+        swept = self.recipe.model_copy(update={"sweep": {name: tuple(values) for name, values in axes.items()}})
         every = [cell for cell in cells(swept) if not self._take_given(cell)]
         fresh = [cell for cell in every if not self._cached_only or is_cached(cell.recipe, self.store)]
         wanted = [cell for cell in cells(swept) if self._key(cell) in self._found or cell in fresh]
