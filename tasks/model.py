@@ -36,7 +36,7 @@ def _parsed_once() -> Iterator[None]:
 
     reader = gguf.GGUFReader
     parsed = functools.cache(reader)
-    gguf.GGUFReader = lambda path: parsed(str(path))
+    gguf.GGUFReader = lambda path, *rest, **named: parsed(str(path), *rest, **named)
     try:
         yield
     finally:

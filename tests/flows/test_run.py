@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -244,13 +245,23 @@ def test_more_bits_diverge_less(write_recipe: WriteRecipe, store: ArtifactStore,
 
 
 def test_a_gguf_file_is_unpacked_once_and_gives_the_model_it_holds(
-    write_recipe: WriteRecipe, store: ArtifactStore, tmp_path: Path
+    write_recipe: WriteRecipe, store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    parsed: list[str] = []
+
+    class Counted(gguf.GGUFReader):  # type: ignore[misc]
+        def __init__(self, path: str, *rest: Any) -> None:
+            parsed.append(path)
+            super().__init__(path, *rest)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
     path = write_recipe(model={"source": str(tiny.save_gguf(tmp_path / "tiny.gguf"))}, evaluation={"divergence": []})
     _, rows = run_here(path, store)
     assert rows["model"]["decision"] == "built"
     (manifest,) = store.manifests("model")
     assert manifest.info == {"dequantised_from": "ALL_F32"}
+    assert parsed == [str(tmp_path / "tiny.gguf")]
+    assert gguf.GGUFReader is Counted
     unpacked = AutoModelForCausalLM.from_pretrained(store.path(manifest.ref))
     tokens = torch.from_numpy(np.stack(tiny.random_tokens(2, 16)).astype(np.int64))
     torch.testing.assert_close(unpacked(tokens).logits, tiny.tiny_model()(tokens).logits)

@@ -29,6 +29,7 @@ from tasks.pool import make_pool, sample_tokens
 from tasks.thresholds import (
     COVERAGE,
     OUTLIERS,
+    STRIP_BITS,
     THRESHOLDS,
     WEIGHT_SQL,
     BitColumns,
@@ -589,6 +590,15 @@ def test_bits_that_come_some_columns_at_a_time_are_packed_as_the_whole(rows: int
         bits.add(np.packbits(part, axis=1), part.shape[1])
     every = np.concatenate([np.zeros((rows, 0), dtype=bool), *(part[:, part.any(axis=0)] for part in parts)], axis=1)
     assert bits.columns == every.shape[1]
+    np.testing.assert_array_equal(bits.packed(), np.packbits(every, axis=1), strict=True)
+
+
+def test_wide_parts_are_packed_some_rows_at_a_time() -> None:
+    parts = [np.random.default_rng(width).random((37, width)) < 0.02 for width in (3, STRIP_BITS // 16 + 5)]
+    bits = BitColumns(37)
+    for part in parts:
+        bits.add(np.packbits(part, axis=1), part.shape[1])
+    every = np.concatenate([part[:, part.any(axis=0)] for part in parts], axis=1)
     np.testing.assert_array_equal(bits.packed(), np.packbits(every, axis=1), strict=True)
 
 
