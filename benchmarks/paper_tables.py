@@ -7,8 +7,8 @@ A cell is one choice from one pool of 512 sequences of 256 tokens; `--pools` suc
 random choice too, meets each, so that selectors are compared pool by pool. The main number is the KL divergence of the
 original to the quantised model on held-out text, in nats per token, over 18 sequences of 512 tokens.
 Cells come from the artifact store where it has them; with `--cached-only` no model is run: tables hold what is there.
-Cells of the budget curve that `--given`, a `tables.json` of an earlier run, holds are taken from there instead; of its
-tables those stay that have more lines than the new ones. Writes `tables.md`, `tables.json` and `budgets.png`.
+Cells that `--given`, a `tables.json` of an earlier run, holds are taken from there instead; of its tables those stay
+that have more lines than the new ones. Writes `tables.md`, `tables.json` and `budgets.png`.
 """
 
 import argparse
@@ -302,7 +302,7 @@ def percent_tables(grid: Sequence[CellResult]) -> list[Markdown]:
             pools = sorted({key[-1] for key in mine})
             of_pool = [float(np.mean([v for key, v in mine.items() if key[-1] == pool])) for pool in pools]
             lower = sum(value < 0 for value in mine.values())
-            words.append(f"{_percent_words(of_pool)}; lower in {lower} of {len(mine)}")
+            words.append(f"{_percent_words(of_pool)}; lower in {lower} of {len(mine)}" if mine else "")
         by_budget.append(words)
     for setting in sorted({key[1:4] for key in found}):
         words = [str(setting[1]), str(setting[2]), str(setting[0])]
@@ -347,25 +347,22 @@ def paired_table(title: str, found: list[Row], *fields: str) -> Markdown:
     return Markdown(title, columns, sorted(lines))
 
 
-def match_table(made: Cells, wanted: Wanted, found: list[Row]) -> Markdown:
-    """Return what 64 chosen samples are worth beside 256 random ones."""
-    axes = {**settings(wanted), "selection.selector": ["random"], "selection.budget": [ALL], "selection.seed": [0]}
+def match_table(grid: Sequence[CellResult], many: Sequence[CellResult]) -> Markdown:
+    """Return what 64 chosen samples are worth beside 256 random ones of the same pool."""
+    setting = ("quantization.bits", "quantization.shrinkage", "pool.seed")
+    numbers = {tuple(each.fields[n] for n in setting): main_number(each.scores) for each in many if not each.error}
     lines = []
-    for each in made.results(axes):
-        if each.error:
-            continue
-        bits, shrinkage = each.fields["quantization.bits"], each.fields["quantization.shrinkage"]
-        for row in found:
-            same = row.fields["quantization.bits"] == bits and row.fields["quantization.shrinkage"] == shrinkage
-            if same and row.fields["selection.budget"] == 64:
-                name = row.fields["selection.selector"]
-                lines.append([str(bits), str(shrinkage), name, f"{row.mean:.3f}", f"{main_number(each.scores):.3f}"])
-    title = f"64 samples beside {ALL} random ones"
+    for each in grid:
+        of = tuple(each.fields[name] for name in setting)
+        if each.fields["selection.budget"] == 64 and of in numbers and not each.error:
+            shown = [f"{main_number(each.scores):.3f}", f"{numbers[of]:.3f}"]
+            lines.append([str(of[0]), str(of[1]), each.fields["selection.selector"], *shown])
+    title = f"64 samples beside {ALL} random ones of the same pool"
     return Markdown(title, ["bits", "shrinkage", "selector", "KL, 64", f"KL, {ALL} random"], lines)
 
 
-def tables(made: Cells, wanted: Wanted) -> tuple[list[Markdown], list[CellResult]]:
-    """Return every table, and the cells of the budget curve."""
+def tables(made: Cells, wanted: Wanted) -> tuple[list[Markdown], list[CellResult], list[CellResult]]:
+    """Return every table, the cells of the budget curve, and those of rivals, methods and 256 random samples."""
     axes = {**settings(wanted), "selection.selector": MAIN, "selection.seed": range(wanted.seeds)}
     grid = made.results({**axes, "selection.budget": wanted.budgets, "pool.seed": range(wanted.pools)})
     found = rows(grid)
@@ -374,6 +371,8 @@ def tables(made: Cells, wanted: Wanted) -> tuple[list[Markdown], list[CellResult
     other = made.results(
         {"quantization.method": METHODS, "quantization.bits": wanted.bits, "selection.selector": MAIN[:2], **pools}
     )
+    everything = {"selection.selector": ["random"], "selection.seed": [0], "selection.budget": [ALL], "pool.seed": [0]}
+    many = made.results({**settings(wanted), **everything})
     at_budget = [each for each in grid if each.fields["selection.budget"] == ABLATED]
     setting = ("quantization.bits", "quantization.shrinkage", "selection.selector")
     made_tables = [
@@ -382,14 +381,14 @@ def tables(made: Cells, wanted: Wanted) -> tuple[list[Markdown], list[CellResult
         paired_table(f"Every selector at {ABLATED} samples, several pools", rows([*at_budget, *rivals]), *setting),
         paired_table(f"Other methods at {ABLATED} samples", rows(other), "quantization.method", setting[0], setting[2]),
         methods_table([each for each in [*at_budget, *rivals] if each.fields["pool.seed"] == 0], ABLATED),
-        match_table(made, wanted, found),
+        match_table(grid, many),
         coverage_table(made, [8, ABLATED, 128], wanted.seeds),
         ablation_table(made, "weighting", WEIGHTINGS, wanted),
         ablation_table(made, "k", FACTORS, wanted),
         outlier_table(made),
     ]
     made_tables += [layer_table(made, bits, shrink, ABLATED) for bits in wanted.bits for shrink in wanted.shrinkage]
-    return [table for table in made_tables if table.lines], grid
+    return [table for table in made_tables if table.lines], grid, [*rivals, *other, *many]
 
 
 def longer(tables: Sequence[Markdown], given: Sequence[Markdown]) -> list[Markdown]:
@@ -420,13 +419,15 @@ def main() -> None:
     earlier = json.loads(given.given.read_bytes()) if given.given else {"cells": [], "tables": []}
     recipe = prepared(given.pool, given.model, store, console)
     made = Cells(recipe, store, wanted.cached_only, console, earlier["cells"])
-    found, grid = tables(made, wanted)
+    found, grid, more = tables(made, wanted)
     found = longer(found, [Markdown(**table) for table in earlier["tables"]])
     given.output.mkdir(parents=True, exist_ok=True)
     text = "\n".join(map(str, found))
     (given.output / "tables.md").write_text(text, encoding="utf-8")
     value = {"machine": machine(), "asked": asdict(wanted), "tables": [asdict(each) for each in found]}
-    value["cells"] = [{"fields": each.fields, "kl": main_number(each.scores), "error": each.error} for each in grid]
+    value["cells"] = [
+        {"fields": each.fields, "kl": main_number(each.scores), "error": each.error} for each in [*grid, *more]
+    ]
     (given.output / "tables.json").write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
     drawn = {each.name: each.png for each in sweep_figures(results_summary(grid))}
     (given.output / "budgets.png").write_bytes(drawn["budget"])
