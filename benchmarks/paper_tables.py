@@ -369,7 +369,7 @@ def tables(made: Cells, wanted: Wanted) -> tuple[list[Markdown], list[CellResult
     pools = {"selection.seed": [0], "selection.budget": [ABLATED], "pool.seed": range(wanted.pools)}
     rivals = made.results({**settings(wanted), "selection.selector": RIVALS, **pools})
     other = made.results(
-        {"quantization.method": METHODS, "quantization.bits": wanted.bits, "selection.selector": MAIN[:2], **pools}
+        {"quantization.method": METHODS, "quantization.bits": wanted.bits, "selection.selector": MAIN[:3], **pools}
     )
     everything = {"selection.selector": ["random"], "selection.seed": [0], "selection.budget": [ALL], "pool.seed": [0]}
     many = made.results({**settings(wanted), **everything})
