@@ -20,7 +20,7 @@ from covercal.errors import InputError
 from covercal.recipe import TextSource
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
-CHARACTERS_PER_TOKEN = 4  # only spreads the pieces of long texts over the order; exactness is not needed
+BYTES_PER_TOKEN = 4  # only guesses when a text is visited first
 SEPARATOR = "\n\n"
 
 Tokens = npt.NDArray[np.int32]
@@ -69,13 +69,48 @@ class Sample:
 
 @dataclass(slots=True)
 class Counts:
-    """What reading and packing met."""
+    """What reading and packing met.
+
+    Attributes
+    ----------
+    documents
+        Texts read.
+    duplicates, empty
+        Texts dropped as equal to an earlier one, or without a token.
+    too_short
+        Texts that fill no sample by themselves, where each has to.
+    repeated
+        Samples dropped as equal to an earlier one, token by token.
+    left_over
+        By domain, texts that are in no sample: all that was left did not fill one.
+    domains
+        Samples by domain.
+    """
 
     documents: int = 0
     duplicates: int = 0
     empty: int = 0
     too_short: int = 0
+    repeated: int = 0
+    left_over: dict[str, int] = field(default_factory=dict)
     domains: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def dropped(self) -> str:
+        """Return what was dropped in words, empty when nothing was."""
+        left = _several(sum(self.left_over.values()), "text that fills no sample", "texts that fill no sample")
+        words = [
+            _several(self.duplicates, "duplicate"),
+            _several(self.repeated, "sample equal to another", "samples equal to another"),
+            _several(self.too_short, "text too short for a sample", "texts too short for a sample"),
+            f"{left} ({', '.join(self.left_over)})" if left else "",
+        ]
+        return ", ".join(filter(None, words))
+
+
+def _several(count: int, one: str, many: str = "") -> str:
+    """Return `3 texts`, `1 text`, or nothing for none."""
+    return f"{count} {one if count == 1 else many or one + 's'}" if count else ""
 
 
 def sequences_digest(digests: Iterable[str]) -> str:
@@ -220,7 +255,7 @@ def _hub_rows(source: TextSource) -> Iterator[Mapping[str, Any]]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as cause:
         raise InputError(f"{path} is not UTF-8 text ({cause.reason} at byte {cause.start}).") from cause
 
@@ -264,14 +299,16 @@ def pack(
     The order does not depend on how many samples are taken, so a smaller pool is a prefix of a larger one, and
     only the texts that are needed are tokenised. Texts are visited in random order; a long text is visited once
     per sample that it can give, spread over the order. Each visit adds tokens to its domain's open sequence;
-    when that is full it becomes a sample. Sequences are never padded, and never cross domains.
+    when that is full it becomes a sample. Sequences are never padded, and never cross domains. One whose tokens
+    another sample has already, as texts that begin with the same page give them, is dropped and counted.
 
     Parameters
     ----------
     documents
         The texts.
     tokenizer
-        Gives token ids; each sample begins with its special first tokens (BOS), if it has any.
+        Gives token ids; each sample begins with its special first tokens (BOS), if it has any. Special tokens that
+        a text spells out, as texts made with a chat template do, stay special; first tokens are not put twice.
     lengths
         Tokens of a sample; several lengths take turns within a domain.
     packing
@@ -280,30 +317,32 @@ def pack(
     seed
         Of the order.
     counts
-        `too_short` grows with every text that gave nothing.
+        `too_short` grows with every text that gave nothing, `repeated` with every sample that was there before;
+        `left_over` is filled when the texts are at their end.
 
     Raises
     ------
     InputError
         When a length leaves no room beside the special first tokens.
     """
-    generator = np.random.default_rng(seed)
-    prefix = _special_prefix(tokenizer)
+    prefix = special_prefix(tokenizer)
     if min(lengths) <= len(prefix):
         raise InputError(f"A sample of {min(lengths)} tokens has no room beside {len(prefix)} special first tokens.")
     separator = tokenizer.encode(SEPARATOR, add_special_tokens=False) if packing == "join" else []
-    visits = _visits(documents, float(np.mean(lengths)), generator)
+    visits = _Visits(documents, float(np.mean(lengths)) - len(prefix), np.random.default_rng(seed))
     streams: dict[int, Tokens] = {}
     untouched: set[int] = set()
     open_sequences: dict[str, _OpenSequence] = {}
     given: defaultdict[str, int] = defaultdict(int)
-    while visits:
-        when, index, piece = heapq.heappop(visits)
+    seen: set[str] = set()
+    for index in visits:
         document = documents[index]
         if index not in streams:
-            streams[index] = np.asarray(tokenizer.encode(document.text, add_special_tokens=False), dtype=np.int32)
+            streams[index] = _text_tokens(document.text, tokenizer, prefix)
+            counts.empty += not streams[index].size
+            visits.plan(index, streams[index].size)
             untouched.add(index)
-        elif not streams[index].size:
+        if not streams[index].size:
             continue
         sequence = open_sequences.setdefault(document.domain, _OpenSequence(prefix))
         wanted = lengths[given[document.domain] % len(lengths)]
@@ -313,30 +352,79 @@ def pack(
                 counts.too_short += index in untouched
                 streams[index] = streams[index][:0]
                 continue
-        untouched.discard(index)
-        streams[index] = sequence.add(streams[index], wanted, document.origin, separator)
+        streams[index] = sequence.add(streams[index], wanted, index, separator)
+        if packing == "separate" or len(sequence) == wanted:
+            untouched.difference_update(sequence.texts)
         if len(sequence) == wanted:
-            given[document.domain] += 1
-            yield Sample(sequence.tokens(), document.domain, tuple(sequence.origins))
+            sample = Sample(sequence.tokens(), document.domain, tuple(documents[i].origin for i in sequence.texts))
             sequence.clear()
-        if streams[index].size and piece < 0:  # the last planned visit left some: queue behind everything else
-            heapq.heappush(visits, (math.floor(when) + 1 + generator.random(), index, piece))
+            if sample.digest in seen:
+                counts.repeated += 1
+            else:
+                seen.add(sample.digest)
+                given[document.domain] += 1
+                yield sample
+        if streams[index].size:
+            visits.again(index)
+    for sequence in open_sequences.values():
+        for index in untouched.intersection(sequence.texts):
+            domain = documents[index].domain
+            counts.left_over[domain] = counts.left_over.get(domain, 0) + 1
 
 
-def _visits(
-    documents: Sequence[Document], length: float, generator: np.random.Generator
-) -> list[tuple[float, int, int]]:
-    """Return a heap of (time, document, visits left); a text has about one visit for each sample it can give."""
-    heap: list[tuple[float, int, int]] = []
-    for index, document in enumerate(documents):
-        pieces = max(1, math.ceil(len(document.text) / (CHARACTERS_PER_TOKEN * length)))
-        times = np.sort(generator.random(pieces))
-        heap.extend((float(time), index, pieces - 2 - place) for place, time in enumerate(times))
-    heapq.heapify(heap)
-    return heap
+class _Visits:
+    """The seeded order in which texts are visited: each about once for every sample that it can give.
+
+    A text's visits are spread evenly over the order. How many there are is guessed from its bytes until it is
+    tokenised; then the later ones are drawn anew for its tokens.
+
+    Parameters
+    ----------
+    documents
+        The texts.
+    room
+        Tokens that a sample takes of them.
+    generator
+        Of the order.
+    """
+
+    def __init__(self, documents: Sequence[Document], room: float, generator: np.random.Generator) -> None:
+        self._room, self._generator = room, generator
+        self._planned: dict[int, int] = {}
+        self._now = 0.0
+        self._heap: list[tuple[float, int]] = []
+        for index, (document, chance) in enumerate(zip(documents, generator.random(len(documents)), strict=True)):
+            pieces = max(1, math.ceil(len(document.text.encode()) / (BYTES_PER_TOKEN * room)))
+            self._heap.append((float(1 - (1 - chance) ** (1 / pieces)), index))  # the first of so many times
+        heapq.heapify(self._heap)
+
+    def __iter__(self) -> Iterator[int]:
+        while self._heap:
+            self._now, index = heapq.heappop(self._heap)
+            self._planned[index] = self._planned.get(index, 0) - 1
+            yield index
+
+    def plan(self, index: int, tokens: int) -> None:
+        """Spread the later visits of a text that was met for the first time over what is left of the order."""
+        self._planned[index] = max(0, math.ceil(tokens / self._room) - 1)
+        for time in self._now + (1 - self._now) * self._generator.random(self._planned[index]):
+            heapq.heappush(self._heap, (float(time), index))
+
+    def again(self, index: int) -> None:
+        """Queue a text behind everything that is planned, unless it has a visit before it."""
+        if self._planned[index] <= 0:
+            heapq.heappush(self._heap, (math.floor(self._now) + 1 + self._generator.random(), index))
 
 
-def _special_prefix(tokenizer: Tokenizer) -> list[int]:
+def _text_tokens(text: str, tokenizer: Tokenizer, prefix: list[int]) -> Tokens:
+    """Return the tokens of a text, int32 (length,), without the special first tokens that it may spell out itself."""
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    if prefix and tokens[: len(prefix)] == prefix:
+        tokens = tokens[len(prefix) :]
+    return np.asarray(tokens, dtype=np.int32)
+
+
+def special_prefix(tokenizer: Tokenizer) -> list[int]:
     """Return the special tokens that the tokenizer puts before a text (BOS), if any."""
     plain, special = (tokenizer.encode("a", add_special_tokens=flag) for flag in (False, True))
     start = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
@@ -352,7 +440,7 @@ class _OpenSequence:
 
     def clear(self) -> None:
         self._tokens: list[int] = list(self._prefix)
-        self.origins: list[str] = []
+        self.texts: list[int] = []
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -360,14 +448,14 @@ class _OpenSequence:
     def tokens(self) -> Tokens:
         return np.asarray(self._tokens, dtype=np.int32)
 
-    def add(self, stream: Tokens, wanted: int, origin: str, separator: list[int]) -> Tokens:
+    def add(self, stream: Tokens, wanted: int, text: int, separator: list[int]) -> Tokens:
         """Append what fits of `stream`, after a separator when the sequence holds another text; return the rest."""
-        if self.origins:
+        if self.texts:
             self._tokens.extend(separator[: wanted - len(self._tokens)])
         room = wanted - len(self._tokens)
         if room > 0:
             self._tokens.extend(stream[:room].tolist())
-            self.origins.append(origin)
+            self.texts.append(text)
         return stream[max(room, 0) :]
 
 
@@ -390,8 +478,8 @@ def spread_over_domains(samples: Iterable[Sample], limit: int) -> list[Sample]:
 
 def windows(text: str, tokenizer: Tokenizer, window: int, limit: int | None, domain: str) -> list[Sample]:
     """Return the consecutive, non-overlapping windows of one text; what does not fill a window is left out."""
-    prefix = _special_prefix(tokenizer)
-    stream = np.asarray(tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+    prefix = special_prefix(tokenizer)
+    stream = _text_tokens(text, tokenizer, prefix)
     step = window - len(prefix)
     starts = range(0, stream.size - step + 1, step)[:limit]
     return [

@@ -25,7 +25,7 @@ def audit(recipe: Recipe, source: TextSource, execution: Execution) -> dict[str,
     recipe
         Its pool stands for what the model will meet; its tokenizer, lengths and sites hold for the set, too.
     source
-        The calibration set: all its texts are used, in samples of the recipe's length.
+        The calibration set: all its texts are used, in samples of the recipe's length; what fills none is told.
     execution
         How steps are carried out.
 
@@ -93,6 +93,8 @@ def audit_lines(found: dict[str, Any]) -> list[str]:
         f"{found['random_weighted_coverage']:.1%}, chosen by coverage: {found['chosen_weighted_coverage']:.1%}",
         f"Likeness     {alike}Gram diagonals {found['gram_distance']:.1%} off the pool's",
     ]
+    if found["dropped"]:
+        lines.insert(1, f"Left out     {found['dropped']}")
     if worst is not None:
         lines.append(f"Weakest      block {worst}: {blocks[worst]:.1%} of its outlier channels covered")
     return lines

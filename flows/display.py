@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from covercal.pool import Counts
 from covercal.recipe import Recipe
 from flows.execution import FAILED, Event
 from flows.summary import grid_name
@@ -99,8 +100,8 @@ def finished_detail(row: Row) -> str:
     """Return what a finished row adds to its detail, from what the manifests note."""
     info = row.events[-1].info if row.events else {}
     if row.label == "pool" and "domains" in info:
-        dropped = f", {info['duplicates']} duplicates dropped" if info.get("duplicates") else ""
-        return f"{row.detail}, {len(info['domains'])} domains{dropped}"
+        dropped = Counts(**info).dropped
+        return f"{row.detail}, {len(info['domains'])} domains" + (f"; dropped: {dropped}" if dropped else "")
     if row.label in ("outliers", "refined") and "outliers" in info:
         return f"{row.detail}: {info['outliers']:,} of {info['channels']:,}"
     if row.label == "model" and "dequantised_from" in info:

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from covercal.coverage import covered_channels, greedy_cover
 from covercal.measures import set_distance
+from covercal.pool import Counts
 from storage.arrays import Columns, read_array
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
@@ -51,6 +52,7 @@ def audit_set(
         "chosen_weighted_coverage": float(weights[covered_channels(coverage, best.order)].sum()) / total,
         "gram_distance": _gram_distance(store, statistics, own_statistics),
         "domains": domain_mix(sample_columns(store, own, "domain")["domain"]),
+        "dropped": Counts(**store.manifest(own).info).dropped,
         "heaviest_missed": _heaviest_missed(store, outliers, covered, weights, total),
         "would_help": _would_help(store, pool, coverage, weights, covered, total),
     }

@@ -10,7 +10,16 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from covercal.errors import InputError, TooFewSamplesError
-from covercal.pool import Counts, Sample, pack, read_documents, spread_over_domains, unique_documents, windows
+from covercal.pool import (
+    Counts,
+    Sample,
+    pack,
+    read_documents,
+    special_prefix,
+    spread_over_domains,
+    unique_documents,
+    windows,
+)
 from covercal.recipe import DivergenceText, PerplexityText
 from storage.artifacts import ArtifactStore
 from storage.manifest import Ref
@@ -42,7 +51,7 @@ class PerplexitySettings:
 
 @cached(
     "pool",
-    version=1,
+    version=2,
     ignored=("imported",),
     names={
         "sources": "pool.sources",
@@ -82,7 +91,7 @@ def make_pool(
     return asdict(counts)
 
 
-@cached("texts", version=2, ignored=("imported",), names={"source": "evaluation.text", "settings": "evaluation"})
+@cached("texts", version=3, ignored=("imported",), names={"source": "evaluation.text", "settings": "evaluation"})
 def make_texts(
     build: Build,
     *,
@@ -120,8 +129,9 @@ def text_settings(text: DivergenceText | PerplexityText) -> DivergenceSettings |
 
 
 def write_samples(build: Build, samples: Sequence[Sample], tokenizer: Any) -> None:
-    """Write samples as Parquet: sample, domain, origins, length, digest, tokens, text."""
+    """Write samples as Parquet: sample, domain, origins, length, digest, tokens, text (without the first tokens)."""
     tokens = [sample.tokens for sample in samples]
+    first = len(special_prefix(tokenizer))
     columns = {
         "sample": pa.array(range(len(samples)), pa.int32()),
         "domain": pa.array([s.domain for s in samples]),
@@ -129,7 +139,7 @@ def write_samples(build: Build, samples: Sequence[Sample], tokenizer: Any) -> No
         "length": pa.array([len(t) for t in tokens], pa.int32()),
         "digest": pa.array([s.digest for s in samples]),
         "tokens": pa.array(tokens, pa.list_(pa.int32())),
-        "text": pa.array([tokenizer.decode(t.tolist()) for t in tokens]),
+        "text": pa.array([tokenizer.decode(t[first:].tolist()) for t in tokens]),
     }
     write_table(build.folder / SAMPLES, columns)
 
@@ -155,7 +165,10 @@ def _too_few(found: int, wanted: int, lengths: tuple[int, ...], packing: str, co
         if packing == "separate"
         else ""
     )
-    read = f"{counts.documents} texts read, {counts.duplicates} duplicates and {counts.empty} empty ones dropped{short}"
+    same = f", {counts.repeated} samples equal to another dropped" if counts.repeated else ""
+    read = (
+        f"{counts.documents} texts read, {counts.duplicates} duplicates and {counts.empty} empty ones dropped{same}{short}"
+    )
     return TooFewSamplesError(
         f"The texts give {found} samples of {size}, and pool.samples asks for {wanted}: {read}. "
         "Lower pool.samples or pool.sequence_length, or add texts.",

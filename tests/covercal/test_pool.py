@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -398,6 +398,21 @@ def packed(
     return list(pack(documents, tokenizer(first), lengths, packing=packing, seed=seed, counts=counts))
 
 
+def packed_without_repeats(
+    documents: Sequence[Document],
+    lengths: Sequence[int],
+    *,
+    packing: str = "join",
+    seed: int = 0,
+    first: bool = False,
+) -> list[Sample]:
+    """Return all samples that the texts give, of texts whose samples all differ."""
+    counts = Counts()
+    samples = packed(documents, lengths, packing=packing, seed=seed, first=first, counts=counts)
+    assume(not counts.repeated)
+    return samples
+
+
 def read_back(documents: Sequence[Document], samples: Sequence[Sample], *, first: bool = False) -> dict[str, int]:
     """Take samples apart into the pieces of the texts they name, and return how far each text was used.
 
@@ -459,7 +474,7 @@ def test_a_sample_holds_texts_of_its_own_domain_only(documents: list[Document], 
 def test_joined_samples_are_made_of_the_texts_own_tokens_in_order(
     documents: list[Document], lengths: list[int], seed: int, first: bool
 ) -> None:
-    read_back(documents, packed(documents, lengths, seed=seed, first=first), first=first)
+    read_back(documents, packed_without_repeats(documents, lengths, seed=seed, first=first), first=first)
 
 
 @given(documents_of_all_sizes(), _lengths, _seeds, st.booleans())
@@ -467,7 +482,7 @@ def test_joined_samples_are_made_of_the_texts_own_tokens_in_order(
 def test_joining_loses_nothing_but_the_last_unfinished_sequence_of_a_domain(
     documents: list[Document], lengths: list[int], seed: int, first: bool
 ) -> None:
-    samples = packed(documents, lengths, seed=seed, first=first)
+    samples = packed_without_repeats(documents, lengths, seed=seed, first=first)
     used = read_back(documents, samples, first=first)
     given_samples = Counter(sample.domain for sample in samples)
     for domain in {document.domain for document in documents}:
@@ -507,7 +522,7 @@ def test_special_tokens_after_a_text_are_left_out() -> None:
 def test_separate_samples_are_consecutive_pieces_of_one_text_each(
     documents: list[Document], length: int, seed: int, first: bool
 ) -> None:
-    samples = packed(documents, [length], packing="separate", seed=seed, first=first)
+    samples = packed_without_repeats(documents, [length], packing="separate", seed=seed, first=first)
     assert all(len(sample.origins) == 1 for sample in samples)
     read_back(documents, samples, first=first)
 
@@ -517,7 +532,7 @@ def test_separate_samples_are_consecutive_pieces_of_one_text_each(
 def test_a_separate_text_gives_as_many_samples_as_fit_into_it(
     documents: list[Document], length: int, seed: int, first: bool
 ) -> None:
-    samples = packed(documents, [length], packing="separate", seed=seed, first=first)
+    samples = packed_without_repeats(documents, [length], packing="separate", seed=seed, first=first)
     given_samples = Counter(sample.origins[0] for sample in samples)
     for document in documents:
         assert given_samples[document.origin] == len(token_ids(document.text)) // (length - first)
@@ -582,6 +597,69 @@ def test_only_the_texts_that_are_needed_are_tokenised() -> None:
 
 def test_texts_that_are_shorter_than_a_sample_altogether_give_none() -> None:
     assert packed([Document("a cat", "animals", "0"), Document("the dog", "animals", "1")], [50]) == []
+
+
+def test_samples_that_hold_the_same_tokens_are_given_once_and_counted() -> None:
+    header = tiny.text(7, "code", 40)
+    documents = [Document(f"{header} {tiny.text(seed, 'code', 3)}", "code", str(seed)) for seed in range(30)]
+    counts = Counts()
+    samples = packed(documents, [16], packing="separate", counts=counts)
+    pieces = [ids[at : at + 16] for d in documents for ids in [token_ids(d.text)] for at in range(0, len(ids) - 15, 16)]
+    assert sorted(tuple(s.tokens.tolist()) for s in samples) == sorted(set(pieces))
+    assert counts.repeated == len(pieces) - len(set(pieces)) > 20
+
+
+@given(documents_of_all_sizes(), _lengths, _seeds, st.sampled_from(["join", "separate"]), st.booleans())
+@packing_property
+def test_no_two_samples_hold_the_same_tokens(
+    documents: list[Document], lengths: list[int], seed: int, packing: str, first: bool
+) -> None:
+    digests = [s.digest for s in packed(documents, lengths, packing=packing, seed=seed, first=first)]
+    assert len(set(digests)) == len(digests)
+
+
+@given(documents_of_all_sizes(), _lengths, _seeds, st.booleans())
+@packing_property
+def test_texts_that_are_in_no_joined_sample_are_counted_by_domain(
+    documents: list[Document], lengths: list[int], seed: int, first: bool
+) -> None:
+    counts = Counts()
+    samples = packed(documents, lengths, seed=seed, first=first, counts=counts)
+    assume(not counts.repeated)
+    used = {origin for sample in samples for origin in sample.origins}
+    assert counts.left_over == Counter(d.domain for d in documents if d.origin not in used)
+
+
+def test_a_text_that_spells_out_the_first_tokens_does_not_get_them_twice() -> None:
+    plain, with_first = (
+        [Document(f"{start}{tiny.text(seed, 'code', 40)}", "code", str(seed)) for seed in range(4)]
+        for start in ("", "<s>")
+    )
+    for packing in ("join", "separate"):
+        expected = [s.digest for s in packed(plain, [16], packing=packing, first=True)]
+        assert [s.digest for s in packed(with_first, [16], packing=packing, first=True)] == expected
+
+
+def test_special_tokens_within_a_text_stay_special() -> None:
+    text = f"{tiny.text(0, 'code', 5)}</s>{tiny.text(1, 'code', 30)}"
+    assert sum((2 in sample.tokens) for sample in packed([Document(text, "code", "0")], [16])) == 1
+
+
+def test_texts_of_few_characters_a_token_come_as_often_as_others() -> None:
+    class OneEach:
+        def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+            return [ord(letter) for letter in (text if ord(text[0]) > 255 else text[::4])]
+
+    generator = np.random.default_rng(0)
+    letters = [("latin", 97, 4), ("han", 0x4E00, 1)]
+    documents = [
+        Document("".join(chr(first + k) for k in generator.integers(0, 26, 640 * wide)), name, f"{name}:{i}")
+        for name, first, wide in letters
+        for i in range(100)
+    ]
+    samples = list(islice(pack(documents, OneEach(), [64], packing="separate", seed=0, counts=Counts()), 400))
+    share = sum(sample.domain == "han" for sample in samples) / 400
+    assert 0.45 < share < 0.55
 
 
 # --- digests -------------------------------------------------------------------------------------------------------
@@ -675,6 +753,11 @@ def test_a_window_names_its_text_and_where_it_begins() -> None:
 
 
 # --- found by reading ----------------------------------------------------------------------------------------------
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffwords".encode())
+    assert [d.text for d in read_documents(TextSource(path=str(tmp_path / "a.txt")))] == ["words"]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:

@@ -191,6 +191,8 @@ def test_the_manifest_counts_what_was_read_and_dropped(store: ArtifactStore, fil
         "duplicates": 2,
         "empty": 2,
         "too_short": 0,
+        "repeated": 0,
+        "left_over": {},
         "domains": info["domains"],
     }
 
