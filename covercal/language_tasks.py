@@ -104,11 +104,14 @@ def score_language_task(
 
 
 def item_loss(value: float, weight: float, aggregation: str) -> tuple[float, float]:
-    """Return an item's value such that metrics are weighted means of it, and its weight; perplexities become losses."""
+    """Return an item's value such that metrics are weighted means of it, and its weight; perplexities become losses.
+
+    An item of weight 0, such as an empty text, counts nothing.
+    """
     if aggregation == "perplexity":
         return -value, 1.0
     if aggregation in WEIGHTED:
-        return -value / weight * WEIGHTED[aggregation], weight
+        return (-value / weight * WEIGHTED[aggregation] if weight else 0.0), weight
     return value, weight
 
 

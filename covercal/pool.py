@@ -127,13 +127,16 @@ def source_files(source: TextSource) -> list[Path]:
     Raises
     ------
     InputError
-        When the path does not exist or holds no text.
+        When the path does not exist, holds no text, or a file whose name is no text.
     """
     path = Path(str(source.path))
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in TEXT_SUFFIXES)
         if not files:
             raise InputError(f"Folder {path} holds no text file ({', '.join(TEXT_SUFFIXES)}).")
+        for file in files:
+            if not _is_unicode(str(file.relative_to(path))):
+                raise InputError(f"Folder {path} holds a file whose name is not UTF-8, {file.name!a}; rename it.")
         return files
     if not path.is_file():
         raise InputError(f"There is no file or folder {path}.")

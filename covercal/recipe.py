@@ -277,7 +277,7 @@ class Recipe(Section):
                 f"selection.budget ({self.selection.budget}) is larger than pool.samples ({self.pool.samples}); "
                 f"a budget of at most {self.pool.samples} can be chosen"
             )
-        if self.outliers.adaptive and not self.quantization.calibrated:
+        if self.outliers.adaptive and not (self.quantization.calibrated and self.quantization.reads_inputs):
             raise ValueError(
                 f"outliers.adaptive needs the errors of a calibrated method; {self.quantization.method} has none"
             )

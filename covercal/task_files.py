@@ -8,6 +8,7 @@ import difflib
 import gzip
 import importlib.util
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ BUILDERS = {
     "sql",
     "webdataset",
 }  # of `datasets`: need files
+HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/")
 PIECE_BYTES = 1 << 20
 TAIL_BYTES = 1 << 16
 
@@ -174,9 +176,10 @@ def _placed(config: Mapping[str, Any], path: Path, functions: bool) -> dict[str,
     """Return a configuration with data files absolute against the folder of `path`, in its subtasks too."""
     placed = dict(config)
     options = dict(placed.get("dataset_kwargs") or {})
-    if "data_files" in options:
+    here = not _on_hub(placed.get("dataset_path"), path.parent)  # else they are files of the data set
+    if here and "data_files" in options:
         options["data_files"] = _absolute(options["data_files"], path)
-    if "data_dir" in options:
+    if here and "data_dir" in options:
         options["data_dir"] = str((path.parent / str(options["data_dir"])).absolute())
     if options:
         placed["dataset_kwargs"] = options
@@ -185,6 +188,11 @@ def _placed(config: Mapping[str, Any], path: Path, functions: bool) -> dict[str,
     if isinstance(placed.get("task"), list):
         placed["task"] = [_member(each, path, functions) for each in placed["task"]]
     return placed
+
+
+def _on_hub(source: Any, folder: Path) -> bool:
+    """Return whether a `dataset_path` names a data set on the hub, and no builder of `datasets` and no folder."""
+    return isinstance(source, str) and source not in BUILDERS and not (folder / source).exists()
 
 
 def _member(member: Any, path: Path, functions: bool) -> dict[str, Any]:
@@ -212,6 +220,8 @@ def _absolute(value: Any, yaml_path: Path) -> Any:
         return {name: _absolute(each, yaml_path) for name, each in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [path for each in value for path in _listed(_absolute(each, yaml_path))]
+    if HUB_FILE.match(str(value)):
+        return str(value)
     if "://" in str(value):
         raise InputError(f"Task file {yaml_path} reads {value}; the data of a task file lie on local disk.")
     path = (yaml_path.parent / Path(str(value)).expanduser()).absolute()
@@ -287,16 +297,17 @@ class _Collector:
         options = dict(config.get("dataset_kwargs") or {}) if isinstance(config.get("dataset_kwargs"), Mapping) else {}
         source = config.get("dataset_path")
         plain: dict[str, Any] = {}
-        if "data_files" in options:
+        here = not _on_hub(source, Path("/"))
+        if here and options.get("data_files") is not None:
             options["data_files"] = self._files(options["data_files"], lambda path: [path])
-        if "data_dir" in options:
+        if here and options.get("data_dir") is not None:
             options["data_dir"] = self._files(options["data_dir"], _files_below)
         if options:
             plain["dataset_kwargs"] = {name: self.plain(each) for name, each in options.items()}
         if isinstance(source, str) and Path(source).is_absolute():
             plain["dataset_path"] = self._files(source, _files_below)
-        elif isinstance(source, str) and source not in BUILDERS and config.get("custom_dataset") is None:
-            wanted = (source, options.get("revision"))
+        elif not here and config.get("custom_dataset") is None:
+            wanted = (str(source), options.get("revision"))
             _number(self.hub, wanted)
         return {str(name): self.plain(each) for name, each in config.items() if name not in plain} | plain
 
@@ -305,6 +316,11 @@ class _Collector:
             return {str(name): self._files(each, files) for name, each in value.items()}
         if isinstance(value, list):
             return [self._files(each, files) for each in value]
+        if (named := HUB_FILE.match(str(value))) is not None:
+            _number(self.hub, (named[1], named[2]))
+            return str(value)
+        if "://" in str(value):
+            raise InputError(f"The task reads {value}; the data of a task lie on local disk or on the hub.")
         root = Path(str(value))
         return [
             {"data": _number(self.data, each), "name": each.relative_to(root).as_posix() if each != root else ""}

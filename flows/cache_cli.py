@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -276,11 +277,17 @@ def collect_garbage(
 
 
 @cache.command("push")
-def push(runs: RunNames = None, as_json: AsJson = False) -> None:
+def push(
+    runs: RunNames = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Re-hash what is there already, and replace what is damaged.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Send the artifacts of runs to the remote (COVERCAL_REMOTE, with COVERCAL_REMOTE_WRITE=1)."""
     from storage.transfer import push_run
 
-    _transfer(push_run, runs, as_json, "sent")
+    _transfer(partial(push_run, verify=verify), runs, as_json, "sent")
 
 
 @cache.command("pull")

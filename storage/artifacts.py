@@ -89,8 +89,12 @@ class ArtifactStore:
     def claim(self, stage: str, key: str) -> Lookup:
         """Look an artifact up that this process is going to use: nobody deletes it while the process lives."""
         self.local.folder(stage, key)
-        claims_of(self.root).claim(key)
-        return self.look_up(stage, key)
+        claims = claims_of(self.root)
+        claims.claim(key)
+        found = self.look_up(stage, key)
+        if found.manifest is None:
+            claims.leave(key)
+        return found
 
     def look_up_remote(self, stage: str, key: str) -> Lookup:
         """Return what the remote knows of an artifact; without one, nothing."""
@@ -108,13 +112,24 @@ class ArtifactStore:
         return self.folder(ref.stage, ref.key)
 
     def manifest(self, ref: Ref) -> Manifest:
-        """Return the manifest of an artifact, pulled if it has to be."""
+        """Return the manifest of an artifact, pulled if it has to be.
+
+        Raises
+        ------
+        MissingArtifactError
+            When it is not there, damaged, or no longer the one that was asked for by its digest.
+        """
         found = self.claim(ref.stage, ref.key)
         if found.manifest is None and self.remote is not None:
             self.pull(ref.stage, ref.key)
             found = self.look_up(ref.stage, ref.key)
         if found.manifest is None:
             raise MissingArtifactError(f"Artifact {ref.short} cannot be read: {found.reason}.")
+        if ref.digest and found.manifest.digest != ref.digest:
+            raise MissingArtifactError(
+                f"Artifact {ref.short} was replaced while it was in use, by another machine's or by one made anew; "
+                "run again to go on with what is there now."
+            )
         return found.manifest
 
     def explain(self, request: Request, planned: Mapping[str, Request] | None = None) -> str:
@@ -300,7 +315,7 @@ class ArtifactStore:
         """Send an artifact that was just built and return the one that holds everywhere.
 
         When another machine was first, its artifact replaces ours, so that both go on with the same bytes; but not
-        while another process here already reads ours.
+        while another process or thread here already reads ours.
         """
         assert self.remote is not None
         folder = self.folder(manifest.stage, manifest.key)
@@ -324,19 +339,52 @@ class ArtifactStore:
             stage, _, key = note.name.partition("-")
             manifest = self.claim(stage, key).manifest
             if manifest is not None:
-                self._share(manifest, note, replace_there=note.read_text(encoding="ascii") == "replace")
+                try:
+                    replace_there = note.read_text(encoding="ascii") == "replace"
+                except FileNotFoundError:
+                    continue  # another process has just sent it
+                if self.verify(stage, key):  # marked: who needs it makes it again, and sends that
+                    note.unlink(missing_ok=True)
+                    continue
+                self._share(manifest, note, replace_there=replace_there)
                 sent += 1
             elif not is_locked(self._lock_file(key)):  # else it is being built just now
                 note.unlink(missing_ok=True)
         return sent
 
-    def push(self, ref: Ref) -> bool:
-        """Send an artifact that is here to the remote; returns whether it was not there yet."""
+    def push(self, ref: Ref, *, verify: bool = False) -> bool:
+        """Send an artifact that is here to the remote unless it is there; returns whether it was sent.
+
+        Parameters
+        ----------
+        ref
+            Of the artifact.
+        verify
+            Re-hash what is there, and send ours where it is damaged.
+
+        Raises
+        ------
+        MissingArtifactError
+            When ours is not here, or damaged.
+        """
         assert self.remote is not None
         manifest = self.manifest(ref)
         there = self.remote.look_up(ref.stage, ref.key).manifest
-        self.remote.commit(manifest, self.folder(ref.stage, ref.key))
-        return there is None
+        damaged = verify and there is not None and bool(self.remote.verify(ref.stage, ref.key))
+        if there is not None and self.remote.holds(there) and not damaged:
+            return False
+        self._check_whole(ref)
+        self.remote.commit(manifest, self.folder(ref.stage, ref.key), replace=damaged)
+        return True
+
+    def _check_whole(self, ref: Ref) -> None:
+        """Raise when an artifact's files are not what its manifest says: damage must not reach others."""
+        faults = self.verify(ref.stage, ref.key)
+        if faults:
+            raise MissingArtifactError(
+                f"Artifact {ref.short} is damaged here and was not sent: {'; '.join(faults)}. "
+                "The next run that needs it makes it again."
+            )
 
     def pull(self, stage: str, key: str) -> bool:
         """Copy an artifact from the remote unless it is here; returns whether it was copied.

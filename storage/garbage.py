@@ -162,7 +162,7 @@ def _leftovers(store: ArtifactStore, used: Collection[str], since: float) -> Ite
     for path in sorted((store.root / "objects").glob(f"*/*/{PARTIAL}*")):
         if _key_of(path.name.removeprefix(PARTIAL)) not in used:
             yield Leftover(path, folder_size(path), "copy that was never finished")
-    here = {key for _, key in store.folders()}
+    here = {key for stage, key in store.folders() if store.look_up(stage, key).manifest is not None}
     for path in sorted((store.root / "work").glob("*")):
         if is_key(path.name) and path.name not in used:
             if path.name in here:

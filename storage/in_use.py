@@ -39,7 +39,7 @@ class Claims:
         self._gate = root / "locks" / "in-use.lock"
         self._name = f"{os.getpid()}-{uuid.uuid4().hex}"
         self._held: FileLock | None = None
-        self._keys: set[str] = set()
+        self._users: dict[str, set[int]] = {}  # threads by key
         self._lock = threading.Lock()
 
     def claim(self, key: str) -> None:
@@ -48,7 +48,9 @@ class Claims:
         Who may only read a store cannot keep its owner from deleting.
         """
         with self._lock:
-            if key in self._keys or not self._root.is_dir():
+            if key in self._users:
+                self._users[key].add(threading.get_ident())
+            if key in self._users or not self._root.is_dir():
                 return
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +67,12 @@ class Claims:
                 raise StorageError(
                     f"Cannot note in {self._folder} what is in use: {cause.strerror or cause}."
                 ) from cause
-            self._keys.add(key)
+            self._users[key] = {threading.get_ident()}
+
+    def leave(self, key: str) -> None:
+        """Note that this thread found nothing to use under a key; the process keeps it from being deleted all the same."""
+        with self._lock:
+            self._users.get(key, set()).discard(threading.get_ident())
 
     @contextmanager
     def removing(self) -> Iterator[frozenset[str]]:
@@ -76,12 +83,13 @@ class Claims:
 
     @contextmanager
     def removing_as_only_user(self, key: str) -> Iterator[bool]:
-        """Hold the gate and yield whether no other living process uses `key`."""
+        """Hold the gate and yield whether no other living process, and no other thread of this one, uses `key`."""
         with self._lock:
             mine = self._folder / f"{self._name}.keys"
+            alone = self._users.get(key, set()) <= {threading.get_ident()}
             with self._passing():
                 others = (notes for notes in sorted(self._folder.glob("*.keys")) if notes != mine)
-                yield all(key not in self._living(notes) for notes in others)
+                yield alone and all(key not in self._living(notes) for notes in others)
 
     def _living(self, notes: Path) -> set[str]:
         lock = FileLock(notes.with_suffix(".lock"), mode=SHARED_MODE, thread_local=False)

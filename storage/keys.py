@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 import uuid
 from collections.abc import Iterable, Mapping
@@ -61,13 +62,13 @@ class FileHashes:
         """Return the sha256 of `path`; read the file only when it changed since the last time."""
         path = path.resolve()
         stamp = _stamp(path)
-        note = self.folder / f"{hash_tagged('path', str(path).encode())}.json"
+        note = self.folder / f"{hash_tagged('path', os.fsencode(path))}.json"
         known = _read_note(note)
         if known is not None and known.get("stamp") == stamp:
             return str(known["sha256"])
         digest = file_sha256(path)
         if _stamp(path) == stamp and time.time() - max(stamp[2], stamp[3]) / 1e9 > RACY_SECONDS:
-            _write_note(note, {"path": str(path), "stamp": stamp, "sha256": digest})
+            _write_note(note, {"path": os.fsencode(path).decode(errors="backslashreplace"), "stamp": stamp, "sha256": digest})
         return digest
 
     def combined(self, files: Iterable[Path], root: Path) -> str:

@@ -136,7 +136,7 @@ class RemoteObjects:
         target = _folder(manifest.stage, manifest.key)
         there = self._version(f"{target}/{MANIFEST}")
         found = self.look_up(manifest.stage, manifest.key)
-        whole = found.manifest is not None and not self._missing(found.manifest)
+        whole = found.manifest is not None and self.holds(found.manifest)
         if found.manifest is not None and whole and not replace:
             return found.manifest
         self._send_files(manifest, folder, f"{target}/{manifest.digest[:DIGEST_DIGITS]}")
@@ -182,6 +182,10 @@ class RemoteObjects:
 
         with ThreadPoolExecutor(PARALLEL_FILES) as threads:
             list(threads.map(send, manifest.files))
+
+    def holds(self, manifest: Manifest) -> bool:
+        """Return whether all files of an artifact are there at their sizes."""
+        return not self._missing(manifest)
 
     def _missing(self, manifest: Manifest) -> list[str]:
         """Return one line per file that is not there at its size."""

@@ -34,13 +34,15 @@ def artifacts_of(record: RunRecord) -> list[Ref]:
     return list(dict.fromkeys(Ref(stage.stage, stage.key) for stage in record.stages if stage.key))
 
 
-def push_run(store: ArtifactStore, name: str, advance: Advance = lambda done, total: None) -> Moved:
-    """Send a run's artifacts, then its record.
+def push_run(
+    store: ArtifactStore, name: str, advance: Advance = lambda done, total: None, *, verify: bool = False
+) -> Moved:
+    """Send a run's artifacts, then its record; with `verify` what is there is re-hashed, and replaced if damaged.
 
     Raises
     ------
     MissingArtifactError
-        When some of them are no longer here; nothing is sent then.
+        When some of them are no longer here, and nothing is sent then; or when one is damaged here.
     """
     remote = remote_of(store)
     record = find_run(store.root, name)
@@ -53,7 +55,7 @@ def push_run(store: ArtifactStore, name: str, advance: Advance = lambda done, to
         )
     moved = 0
     for done, ref in enumerate(refs, start=1):
-        moved += store.push(ref)
+        moved += store.push(ref, verify=verify)
         advance(done, len(refs))
     remote.send_record(record.run, run_bytes(record))
     return Moved(record.run, moved, len(refs) - moved)

@@ -131,16 +131,19 @@ def poor_sites(store: ArtifactStore, outliers: Ref, linears: list[dict[str, Any]
     store, outliers
         Where the sites are read.
     linears
-        Rows of a checkpoint's report: `name` and `output_error`.
+        Rows of a checkpoint's report: `name` and `output_error`, None where nothing was calibrated: an expert that
+        met too few tokens. A site of such linears alone is not poor.
     """
     sites = read_table(store.path(outliers) / THRESHOLDS, ["site", "block", "linears"]).to_pylist()
-    errors = {row["name"]: row["output_error"] for row in linears}
-    found = []
+    errors = {row["name"]: row["output_error"] for row in linears if row["output_error"] is not None}
+    found = {}
     for row in sites:
         ends = tuple(f".{row['block']}.{name}" for name in row["linears"].split(", "))
         mine = [error for name, error in errors.items() if name.endswith(ends)]
-        found.append(float(np.sqrt(np.mean(np.square(mine)))))
-    return tuple(sites[i]["site"] for i in poorly_reconstructed(np.array(found)))
+        if mine:
+            found[row["site"]] = float(np.sqrt(np.mean(np.square(mine))))
+    known = tuple(found)
+    return tuple(known[i] for i in poorly_reconstructed(np.array([found[site] for site in known])))
 
 
 class BitColumns:

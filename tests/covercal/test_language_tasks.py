@@ -21,7 +21,7 @@ from covercal import harness_model
 from covercal.decoder import Decoder, make_decoder
 from covercal.errors import EvaluationError, InputError
 from covercal.harness_model import SHARED, HarnessModel
-from covercal.language_tasks import main_metric, mean_error, score_language_task
+from covercal.language_tasks import item_loss, main_metric, mean_error, score_language_task
 from covercal.recipe import LanguageTask
 from covercal.task_files import describe_task, load_task
 from tests import tiny
@@ -233,6 +233,17 @@ def test_the_error_of_a_perplexity_is_the_spread_of_many_samples(aggregation: st
     assert np.mean([mean_error(sample(), aggregation) for _ in range(20)]) == pytest.approx(spread, rel=0.15)
 
 
+@pytest.mark.parametrize("aggregation", ["weighted_perplexity", "bits_per_byte"])
+def test_an_item_without_weight_counts_nothing(aggregation: str) -> None:
+    some = [(-20.0, 10.0), (-5.0, 4.0)]
+    assert item_loss(0.0, 0.0, aggregation) == (0.0, 0.0)
+    means = []
+    for items in (some, [*some, (0.0, 0.0)]):
+        losses = np.array([item_loss(*item, aggregation) for item in items])
+        means.append(losses[:, 0] @ losses[:, 1] / losses[:, 1].sum())
+    assert means[0] == means[1]
+
+
 def test_a_single_item_and_an_unknown_average_have_no_error() -> None:
     assert mean_error([(1.0, 1.0)], "mean") is None
     assert mean_error([(1.0, 1.0), (0.0, 1.0)], "matthews_corrcoef") is None
@@ -387,6 +398,23 @@ def test_a_group_of_the_hub_is_all_of_its_tasks() -> None:
     assert parts.hub == (("cais/mmlu", None),)
     assert json.dumps(parts.config).count('"doc_to_choice"') == 57
     assert "site-packages" not in json.dumps(parts.config)
+
+
+def test_files_of_a_data_set_on_the_hub_are_its_own() -> None:
+    parts = describe_task(LanguageTask(name="arithmetic_2ds"))
+    assert parts.data == ()
+    assert [name for name, _ in parts.hub] == ["EleutherAI/arithmetic"]
+    parts = describe_task(LanguageTask(name="prost"))
+    assert (parts.data, parts.hub) == ((), (("corypaik/prost", None),))
+
+
+def test_a_task_file_may_name_files_of_a_data_set_on_the_hub(tmp_path: Path) -> None:
+    kept = {"dataset_path": "owner/name", "dataset_kwargs": {"data_files": {"test": "part/test.jsonl"}}}
+    parts = describe_task(LanguageTask(path=str(write_task(tmp_path, {**CHOICES, **kept}))))
+    assert (parts.data, parts.hub) == ((), (("owner/name", None),))
+    kept = {"dataset_path": "json", "dataset_kwargs": {"data_files": "hf://datasets/owner/name@v1/test.jsonl"}}
+    parts = describe_task(LanguageTask(path=str(write_task(tmp_path, {**CHOICES, **kept}))))
+    assert (parts.data, parts.hub) == ((), (("owner/name", "v1"),))
 
 
 def test_functions_of_lm_evals_own_tasks_are_found() -> None:

@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import json
+import os
 import struct
 import tempfile
 from collections import Counter, defaultdict
@@ -28,6 +29,7 @@ from covercal.pool import (
     pack,
     read_documents,
     sequences_digest,
+    source_files,
     spread_over_domains,
     unique_documents,
     windows,
@@ -165,6 +167,12 @@ def test_files_of_a_folder_that_are_no_texts_are_left_out(tmp_path: Path) -> Non
     file_source(tmp_path / "corpus" / "picture.png", b"\x89PNG\xff")
     file_source(tmp_path / "corpus" / "a.txt", "a")
     assert [document.origin for document in read_documents(TextSource(path=str(tmp_path / "corpus")))] == ["a.txt"]
+
+
+def test_a_file_of_a_folder_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.txt")).write_text("words")
+    with pytest.raises(InputError, match=r"holds a file whose name is not UTF-8, 'a\\udcff.txt'; rename it"):
+        source_files(TextSource(path=str(tmp_path)))
 
 
 def test_rows_of_a_folder_are_its_files(tmp_path: Path) -> None:

@@ -497,6 +497,11 @@ def test_refinement_without_calibration_is_refused() -> None:
     assert "outliers.adaptive needs the errors of a calibrated method; rtn has none" in said
 
 
+def test_refinement_by_errors_that_nothing_measures_is_refused() -> None:
+    said = complaint(with_fields({"outliers.adaptive": True, "quantization.method": "w8a8_static"}))
+    assert "outliers.adaptive needs the errors of a calibrated method; w8a8_static has none" in said
+
+
 def test_refinement_with_calibration_is_accepted() -> None:
     assert recipe(outliers__adaptive=True, quantization__method="gptq").outliers.adaptive
 

@@ -1374,3 +1374,10 @@ def test_builds_of_two_keys_do_not_wait_for_each_other(store: ArtifactStore) -> 
         store.build_once(Request("pool", 1, {}), build)
 
     assert store.build_once(REQUEST, build_another_inside).decision is Decision.BUILT
+
+
+def test_an_artifact_that_was_replaced_by_another_is_not_read_as_the_one_asked_for(store: ArtifactStore) -> None:
+    made = store.build_once(REQUEST, build).ref
+    assert store.path(made) == store.folder(made.stage, made.key)
+    with pytest.raises(MissingArtifactError, match="was replaced while it was in use"):
+        store.path(Ref(made.stage, made.key, "0" * 64))

@@ -22,7 +22,7 @@ from storage.durable import build_lock, file_names
 from storage.errors import MissingArtifactError, RemoteError, RemoteSettingsError, StorageError
 from storage.keys import content_digest
 from storage.local import DAMAGED, LocalObjects
-from storage.manifest import MANIFEST, Decision, Manifest, Outcome, Request, file_name
+from storage.manifest import MANIFEST, Decision, Lookup, Manifest, Outcome, Request, file_name
 from storage.remote import MARKER, RemoteObjects, open_remote
 from storage.testing import CONTRADICTIONS, FILES, OTHERS, STAGE, StoreTests, read_files
 from tests.storage.faults import PATIENCE, as_ordinary_user, snapshot
@@ -765,6 +765,51 @@ class SharingTests(RemotePlace):
             second.build_once(REQUEST, builds(FILES))
         assert second.send_unsent() == 1
         self.assert_whole(FILES)
+
+    def test_what_could_not_be_sent_and_was_damaged_since_reaches_nobody(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        store = self.store("first")
+        with cut_short(1, monkeypatch), pytest.raises(RemoteError):
+            store.build_once(REQUEST, builds(FILES))
+        path = store.folder(STAGE, REQUEST.key) / "values.bin"
+        content = path.read_bytes()
+        path.chmod(0o644)
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert (store.send_unsent(), store.send_unsent()) == (0, 0)
+        assert self.remote.look_up(STAGE, REQUEST.key).manifest is None
+        assert store.build_once(REQUEST, builds(FILES)).decision is Decision.REBUILT
+        self.assert_whole(FILES)
+
+    def test_what_another_process_sends_at_the_same_moment_is_no_fault(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        store = self.store("first")
+        with cut_short(1, monkeypatch), pytest.raises(RemoteError):
+            store.build_once(REQUEST, builds(FILES))
+        other = ArtifactStore(store.root, store.remote)
+        claim = store.claim
+
+        def while_the_other_sends(stage: str, key: str) -> Any:
+            assert other.send_unsent() == 1
+            return claim(stage, key)
+
+        monkeypatch.setattr(store, "claim", while_the_other_sends)
+        assert store.send_unsent() == 0
+        self.assert_whole(FILES)
+
+    def test_what_another_thread_uses_already_is_not_replaced(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.store("second").build_once(REQUEST, builds(OTHERS))
+        store = self.store("first")
+        commit = type(self.remote).commit
+        used: list[Outcome] = []
+
+        def while_another_reads(remote: Any, *arguments: Any, **options: Any) -> Manifest:
+            with ThreadPoolExecutor(1) as threads:
+                used.append(threads.submit(store.build_once, REQUEST, must_not_build).result(PATIENCE))
+            return commit(remote, *arguments, **options)
+
+        monkeypatch.setattr(type(self.remote), "commit", while_another_reads)
+        monkeypatch.setattr(store, "_pull", lambda stage, key: Lookup(None, "not there yet"))
+        made = store.build_once(REQUEST, builds(FILES))
+        assert made.ref == used[0].ref
+        assert self.files_of(store, used[0]) == FILES
 
     def test_what_could_not_be_sent_and_is_gone_is_forgotten(self, monkeypatch: pytest.MonkeyPatch) -> None:
         store = self.store("first")

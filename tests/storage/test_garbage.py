@@ -409,6 +409,16 @@ def test_the_newest_change_deep_in_a_work_folder_counts(store: ArtifactStore) ->
     assert part.exists()
 
 
+def test_the_work_of_a_rebuild_that_was_cut_short_stays(store: ArtifactStore) -> None:
+    damaged = put(store, 1, age=0)
+    path = store.folder(damaged.stage, damaged.key) / next(iter(FILES))
+    path.chmod(0o644)
+    path.write_bytes(b"")
+    part = write_file(store.work_folder(damaged.key) / "part", age=0)
+    assert collect(store, 30, now=NOW).leftovers == ()
+    assert part.exists()
+
+
 def test_the_work_of_a_build_goes_at_once_when_its_artifact_is_there(store: ArtifactStore) -> None:
     finished = put(store, 1, age=0)
     write_file(store.work_folder(finished.key) / "part", age=0)

@@ -276,6 +276,34 @@ def test_who_replaces_an_artifact_asks_whether_others_use_it(
         assert found is alone
 
 
+def in_another_thread(work: Callable[[], None]) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(PATIENCE)
+
+
+def test_who_replaces_an_artifact_asks_whether_other_threads_use_it(root: Path) -> None:
+    claims = Claims(root)
+    claims.claim(KEY)
+    in_another_thread(lambda: claims.claim(KEY))
+    with claims.removing_as_only_user(KEY) as alone:
+        assert not alone
+
+
+def test_a_thread_that_found_nothing_uses_nothing(root: Path) -> None:
+    claims = Claims(root)
+
+    def look() -> None:
+        claims.claim(KEY)
+        claims.leave(KEY)
+
+    in_another_thread(look)
+    claims.claim(KEY)
+    with claims.removing_as_only_user(KEY) as alone:
+        assert alone
+    assert used(root) == {KEY}
+
+
 def test_who_is_the_last_user_is_the_only_one(root: Path, start: Start) -> None:
     claims = Claims(root)
     claims.claim(KEY)

@@ -298,3 +298,10 @@ def test_a_combined_digest_depends_on_the_names(hashes: FileHashes, tmp_path: Pa
     before = hashes.combined([tmp_path / "a"], tmp_path)
     (tmp_path / "a").rename(tmp_path / "b")
     assert hashes.combined([tmp_path / "b"], tmp_path) != before
+
+
+def test_a_file_whose_name_is_no_text_has_a_hash_like_any_other(hashes: FileHashes, tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff"))
+    path.write_bytes(b"words")
+    os.utime(path, (1, 1))
+    assert hashes.sha256(path) == hashes.sha256(path) == file_sha256(path)

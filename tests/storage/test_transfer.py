@@ -247,6 +247,38 @@ def test_only_what_is_not_here_is_pulled(ran: RealRun, address: str, tmp_path: P
     assert pull_run(there, RUN) == Moved(RUN, len(ran.refs) - 1, 1)
 
 
+@EVERYWHERE
+def test_what_is_damaged_here_is_not_sent(ran: RealRun, address: str, tmp_path: Path) -> None:
+    here = connected(ran.store(tmp_path / "cache"), address)
+    ref = ran.refs[-1]
+    damage(here, ref)
+    with pytest.raises(MissingArtifactError, match=f"Artifact {ref.short} is damaged here and was not sent: .*sha256"):
+        push_run(here, RUN)
+    assert open_remote(address).look_up(ref.stage, ref.key).manifest is None
+
+
+@EVERYWHERE
+def test_what_is_damaged_there_is_found_and_replaced_when_asked(ran: RealRun, address: str, tmp_path: Path) -> None:
+    ref = ran.refs[-1]
+    damaged = connected(ran.store(tmp_path / "damaged"), address)
+    damage(damaged, ref)
+    assert damaged.remote is not None
+    damaged.remote.commit(damaged.manifest(ref), damaged.folder(ref.stage, ref.key))
+    here = connected(ran.store(tmp_path / "cache"), address)
+    assert push_run(here, RUN) == Moved(RUN, len(ran.refs) - 1, 1)
+    assert push_run(here, RUN, verify=True) == Moved(RUN, 1, len(ran.refs) - 1)
+    assert push_run(here, RUN, verify=True) == Moved(RUN, 0, len(ran.refs))
+    assert pull_run(empty_store(tmp_path, address), RUN) == Moved(RUN, len(ran.refs), 0)
+
+
+def damage(store: ArtifactStore, ref: Ref) -> None:
+    """Change the last byte of a file of an artifact; its size stays."""
+    path = store.folder(ref.stage, ref.key) / next(iter(store.manifest(ref).files))
+    content = path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
 def test_progress_is_told_for_every_artifact(ran: RealRun, folder: Path, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     here = connected(ran.store(tmp_path / "cache"), folder)

@@ -697,6 +697,15 @@ def test_the_error_of_a_site_is_the_root_mean_square_over_its_linears(
     assert poor_sites(store, found_sites, rows) == tuple(poor.tolist())
 
 
+def test_a_linear_that_was_not_calibrated_makes_no_site_poor(store: ArtifactStore, found_sites: Ref) -> None:
+    rows = report({"model.layers.0.self_attn.k_proj": 0.5})
+    for row in rows:
+        if row["name"].endswith(("q_proj", "layers.5.mlp.down_proj")):
+            row["output_error"] = None
+    assert poor_sites(store, found_sites, rows) == (0,)
+    assert poor_sites(store, found_sites, [row | {"output_error": None} for row in rows]) == ()
+
+
 def test_poor_sites_can_be_lowered(store: ArtifactStore, found_sites: Ref) -> None:
     lowered = poor_sites(store, found_sites, report({"model.layers.0.self_attn.o_proj": 0.5}))
     shards = activations()
