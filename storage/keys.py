@@ -68,7 +68,9 @@ class FileHashes:
             return str(known["sha256"])
         digest = file_sha256(path)
         if _stamp(path) == stamp and time.time() - max(stamp[2], stamp[3]) / 1e9 > RACY_SECONDS:
-            _write_note(note, {"path": os.fsencode(path).decode(errors="backslashreplace"), "stamp": stamp, "sha256": digest})
+            _write_note(
+                note, {"path": os.fsencode(path).decode(errors="backslashreplace"), "stamp": stamp, "sha256": digest}
+            )
         return digest
 
     def combined(self, files: Iterable[Path], root: Path) -> str:

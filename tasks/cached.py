@@ -132,7 +132,9 @@ class Step:
 
         def build(folder: Path) -> Mapping[str, Any] | None:
             with _one_build:
-                return self.build(Build(folder, store, label, work), **inputs)
+                info = self.build(Build(folder, store, label, work), **inputs)
+            check_unchanged(inputs, store)
+            return info
 
         return store.build_once(request, build)
 
@@ -289,6 +291,19 @@ def references(value: Any) -> Iterator[Ref]:
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
             yield from references(getattr(value, field.name))
+
+
+def check_unchanged(inputs: Mapping[str, Any], store: ArtifactStore) -> None:
+    """Make sure that what was read is what the key says: files may have been changed since they were fingerprinted.
+
+    Everything in `inputs` that has a method `check_unchanged` is asked; a model that was unpacked into an artifact is
+    read from there.
+    """
+    unpacked = inputs.get("imported") is not None
+    for value in inputs.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(each, "check_unchanged"):
+                each.check_unchanged(store, unpacked=unpacked)
 
 
 def _dashboard_progress(label: str) -> Callable[[Progress], None]:

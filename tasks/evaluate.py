@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from covercal.errors import EvaluationError
 from storage.arrays import read_array, write_array
 from storage.artifacts import ArtifactStore
 from storage.manifest import Ref
@@ -29,6 +30,7 @@ SCORES = "scores.json"
 SEQUENCES = "sequences.parquet"
 PER_TOKEN = ("loss", "divergence", "agreement")
 FLOAT_BYTES = 4
+SHOWN = 5  # sequences that an error names
 
 
 @cached("reference", version=2, ignored=("imported", "device"), names={"dtype": "model.dtype"})
@@ -53,6 +55,7 @@ def reference_text(
     found = reference_outputs(
         decoder, sequences, keep_hidden=keep_hidden, advance=build.progress(len(sequences), "sequences")
     )
+    _check_numbers([np.isfinite(row).all() for row in found.losses], f"The original model {model.name}")
     write_array(build.folder / LOSSES, found.losses)
     if found.hidden is not None:
         write_array(build.folder / HIDDEN, found.hidden)
@@ -84,8 +87,22 @@ def evaluate_text(
     sequences = sample_tokens(build.store, texts.ref)
     hidden = _hidden(build.store.path(reference)) if reference is not None else None
     scores = score(quantized, original, sequences, hidden, advance=build.progress(len(sequences), "sequences"))
+    asked = ("loss", "divergence") if hidden is not None else ("loss",)
+    numbers = [all(math.isfinite(getattr(each, name)) for name in asked) for each in scores]
+    _check_numbers(numbers, f"The quantised model {checkpoint.ref.short}")
     _write_scores(build, texts.ref, scores)
     return {"tokens": sum(s.tokens for s in scores)}
+
+
+def _check_numbers(finite: Sequence[Any], model: str) -> None:
+    """Raise unless a model gave numbers on every sequence; `finite` says it of each."""
+    wrong = [str(sequence) for sequence, each in enumerate(finite) if not each]
+    if wrong:
+        named = ", ".join(wrong[:SHOWN]) + (", …" if len(wrong) > SHOWN else "")
+        raise EvaluationError(
+            f"{model} gives NaN or infinity on {len(wrong)} of {len(finite)} sequences of a text ({named}); "
+            "a wider dtype (model.dtype: bfloat16 or float32) usually cures an overflow, not a damaged weight."
+        )
 
 
 def _hidden(folder: Path) -> npt.NDArray[np.float32]:

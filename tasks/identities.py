@@ -44,6 +44,26 @@ class ModelIdentity:
         """Return the weights' fingerprint."""
         return {"weights": self.weights}
 
+    def check_unchanged(self, store: ArtifactStore, *, unpacked: bool) -> None:
+        """Raise when the files are no longer those that were fingerprinted; an `unpacked` GGUF file is not read again.
+
+        Raises
+        ------
+        InputError
+            Naming the model.
+        """
+        if not (self.gguf and unpacked) and self._now(store).weights != self.weights:
+            raise _changed(f"Model {self.name} in {self.folder}")
+
+    def check_tokenizer_unchanged(self, store: ArtifactStore, *, unpacked: bool) -> None:
+        """As `check_unchanged`, of the tokenizer's files."""
+        if not (self.gguf and unpacked) and self._now(store).tokenizer != self.tokenizer:
+            raise _changed(f"The tokenizer of model {self.name} in {self.folder}")
+
+    def _now(self, store: ArtifactStore) -> "ModelIdentity":
+        source = str(Path(self.folder) / self.gguf)
+        return identify_model(Model(source=source, trust_remote_code=self.trust_remote_code), store)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizerIdentity:
@@ -54,6 +74,10 @@ class TokenizerIdentity:
     def key_material(self) -> dict[str, str]:
         """Return the tokenizer's fingerprint."""
         return {"files": self.model.tokenizer}
+
+    def check_unchanged(self, store: ArtifactStore, *, unpacked: bool) -> None:
+        """Raise when the files are no longer those that were fingerprinted, as those of the model."""
+        self.model.check_tokenizer_unchanged(store, unpacked=unpacked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +96,25 @@ class TextIdentity:
         elif Path(str(self.source.hub)).is_dir():
             fields["hub"] = Path(str(self.source.hub)).name
         return {"content": self.content, **fields}
+
+    def check_unchanged(self, store: ArtifactStore, *, unpacked: bool) -> None:
+        """Raise when the texts are no longer those that were fingerprinted; a commit of the hub never changes.
+
+        Raises
+        ------
+        InputError
+            Naming the source.
+        """
+        if not _is_on_hub(self.source) and identify_text(self.source, store).content != self.content:
+            raise _changed(f"Text source {self.source.path or self.source.hub}")
+
+
+def _changed(what: str) -> InputError:
+    return InputError(f"{what} was changed while it was read; nothing of it was kept, run again.")
+
+
+def _is_on_hub(source: TextSource) -> bool:
+    return source.hub is not None and not Path(source.hub).is_dir()
 
 
 def file_hashes(store: ArtifactStore) -> FileHashes:
@@ -102,15 +145,16 @@ def identify_model(model: Model, store: ArtifactStore) -> ModelIdentity:
 
 
 def identify_text(source: TextSource, store: ArtifactStore) -> TextIdentity:
-    """Fingerprint a source of texts: the content of local files, the commit of a hub data set.
+    """Fingerprint a source of texts: the content of local files, the commit of a hub data set, which is then read.
 
     Raises
     ------
     InputError
         When it is not there.
     """
-    if source.hub is not None and not Path(source.hub).is_dir():
-        return TextIdentity(source, hash_tagged("hub", dataset_commit(source).encode()))
+    if _is_on_hub(source):
+        commit = dataset_commit(source)
+        return TextIdentity(source.model_copy(update={"revision": commit}), hash_tagged("hub", commit.encode()))
     root = Path(str(source.path or source.hub))
     files = sorted(p for p in root.rglob("*") if p.is_file()) if source.hub else source_files(source)
     hashes = file_hashes(store)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from covercal.errors import InputError
 from covercal.recipe import LanguageTask, TextSource
-from covercal.task_files import describe_task
+from covercal.task_files import TaskParts, describe_task
 from storage.artifacts import ArtifactStore
 from storage.keys import canonical_json, hash_tagged
 from storage.manifest import Ref
@@ -42,6 +42,8 @@ class TaskIdentity:
         Digest of its data files and of the commits of its data sets on the hub.
     harness
         Version of lm-eval: prompts, filters and the drawing of examples are its code.
+    commits
+        Of its data sets on the hub, by their names.
     """
 
     task: LanguageTask
@@ -49,11 +51,24 @@ class TaskIdentity:
     config: str
     data: str
     harness: str
+    commits: tuple[tuple[str, str], ...] = ()
 
     def key_material(self) -> dict[str, Any]:
         """Return the fingerprints, and how much of the task is run."""
         asked = {"limit": self.task.limit, "shots": self.task.shots, "seed": self.task.seed}
         return {"name": self.name, "config": self.config, "data": self.data, "harness": self.harness, **asked}
+
+    def check_unchanged(self, store: ArtifactStore, *, unpacked: bool) -> None:
+        """Raise when the task's files are no longer those that were fingerprinted.
+
+        Raises
+        ------
+        InputError
+            Naming the task.
+        """
+        config, data = _fingerprints(describe_task(self.task), dict(self.commits), store)
+        if (config, data) != (self.config, self.data):
+            raise InputError(f"Task {self.task.called} was changed while it was read; nothing was kept, run again.")
 
 
 def identify_task(task: LanguageTask, store: ArtifactStore) -> TaskIdentity:
@@ -65,17 +80,18 @@ def identify_task(task: LanguageTask, store: ArtifactStore) -> TaskIdentity:
         When it is unknown, or a file is missing, cut short or no task.
     """
     parts = describe_task(task)
+    commits = {name: dataset_commit(TextSource(hub=name, revision=revision)) for name, revision in parts.hub}
+    config, data = _fingerprints(parts, commits, store)
+    return TaskIdentity(task, parts.name, config, data, version("lm_eval"), tuple(commits.items()))
+
+
+def _fingerprints(parts: TaskParts, commits: Mapping[str, str], store: ArtifactStore) -> tuple[str, str]:
+    """Return the digests of a task's configuration with its Python files, and of its data."""
     hashes = file_hashes(store)
     functions = [hashes.sha256(path) for path in parts.functions]
     files = [hashes.sha256(path) for path in parts.data]
-    commits = {name: dataset_commit(TextSource(hub=name, revision=revision)) for name, revision in parts.hub}
-    return TaskIdentity(
-        task=task,
-        name=parts.name,
-        config=hash_tagged("task", canonical_json({"config": parts.config, "functions": functions})),
-        data=hash_tagged("task data", canonical_json({"files": files, "hub": commits})),
-        harness=version("lm_eval"),
-    )
+    config = hash_tagged("task", canonical_json({"config": parts.config, "functions": functions}))
+    return config, hash_tagged("task data", canonical_json({"files": files, "hub": dict(commits)}))
 
 
 def _scored_model(inputs: Mapping[str, Any]) -> dict[str, Any]:

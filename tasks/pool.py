@@ -166,9 +166,8 @@ def _too_few(found: int, wanted: int, lengths: tuple[int, ...], packing: str, co
         else ""
     )
     same = f", {counts.repeated} samples equal to another dropped" if counts.repeated else ""
-    read = (
-        f"{counts.documents} texts read, {counts.duplicates} duplicates and {counts.empty} empty ones dropped{same}{short}"
-    )
+    gone = f"{counts.duplicates} duplicates and {counts.empty} empty ones dropped"
+    read = f"{counts.documents} texts read, {gone}{same}{short}"
     return TooFewSamplesError(
         f"The texts give {found} samples of {size}, and pool.samples asks for {wanted}: {read}. "
         "Lower pool.samples or pool.sequence_length, or add texts.",

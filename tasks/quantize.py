@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from storage.tables import write_table
 from storage.work import WorkFolder
 from tasks.cached import Build, cached
 from tasks.gram import CachedPool
-from tasks.identities import ModelIdentity
+from tasks.identities import ModelIdentity, TokenizerIdentity
 from tasks.memory import activation_memory
 from tasks.model import load_tokenizer, streamed_decoder
 from tasks.pool import sample_columns, sample_tokens
@@ -118,11 +118,17 @@ def quantize_block(
     return {"linears": len(block.linears)}
 
 
+def _with_tokenizer(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs with the tokenizer, which is written into the checkpoint."""
+    return {**inputs, "tokenizer": TokenizerIdentity(inputs["model"])}
+
+
 @cached(
     "checkpoint",
-    version=8,
+    version=9,
     ignored=("imported", "pool", "device"),
     names={"dtype": "model.dtype"},
+    keyed=_with_tokenizer,
 )
 def quantize_model(
     build: Build,

@@ -2,7 +2,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
@@ -23,6 +23,7 @@ from storage.errors import RemoteError, RemoteSettingsError, StorageError
 from storage.keys import canonical_json
 from storage.manifest import Decision, Ref
 from tasks.cached import Build, ByDigest, Step, cached, key_material, may_pass, open_store, references
+from tasks.identities import ModelIdentity
 from tasks.progress import Progress, listening
 from tasks.quantize import PoolInputs
 
@@ -243,7 +244,8 @@ def test_a_data_class_itself_holds_no_reference() -> None:
 )
 def test_what_is_cached_of_the_pool_is_in_the_key_and_among_the_inputs(step: Step, given: dict[str, Any]) -> None:
     gram, held_out, *statistics = (Ref("gram", digit * 64) for digit in "1234")
-    inputs = {"model": "m", "imported": None, "quantization": Quantization(), "dtype": "float32", "device": "cpu"}
+    model = ModelIdentity("m", "w", "t", "folder", "", "float32", trust_remote_code=False)
+    inputs = {"model": model, "imported": None, "quantization": Quantization(), "dtype": "float32", "device": "cpu"}
     requests = [
         step.request({**inputs, **given, "cached_pool": pool})
         for pool in (PoolInputs(gram, held_out, tuple(statistics)), PoolInputs(gram, None, ()), PoolInputs())
@@ -264,6 +266,37 @@ def test_where_a_step_runs_is_never_in_its_key(step: Step) -> None:
     assert places <= step.ignored
 
 
+class Changing:
+    """An input whose files are found changed after `good` looks."""
+
+    def __init__(self, good: int) -> None:
+        self.good = good
+        self.asked: list[bool] = []
+
+    def key_material(self) -> str:
+        return "changing"
+
+    def check_unchanged(self, store: ArtifactStore, *, unpacked: bool) -> None:
+        self.asked.append(unpacked)
+        if len(self.asked) > self.good:
+            raise InputError("changed")
+
+
+@pytest.mark.parametrize("wrap", [lambda value: value, lambda value: (value,)], ids=["alone", "among others"])
+def test_what_changed_while_it_was_read_is_not_kept(store: ArtifactStore, wrap: Callable[[Any], Any]) -> None:
+    def build(build: Build, *, imported: Ref | None, text: Any) -> None:
+        (build.folder / "values").write_text("read")
+
+    step = Step("pool", 1, build, frozenset(["imported"]), {})
+    inputs = {"imported": None, "text": wrap(Changing(0))}
+    with pytest.raises(InputError, match="changed"):
+        step.run(store, "pool", inputs)
+    assert list(store.manifests()) == []
+    unchanged = Changing(1)
+    assert step.run(store, "pool", {"imported": REF, "text": wrap(unchanged)}).decision is Decision.BUILT
+    assert unchanged.asked == [True]
+
+
 def keyed_inputs(step: Step) -> set[str]:
     _, *names = inspect.signature(step.build).parameters
     return set(names) - step.ignored
@@ -272,8 +305,17 @@ def keyed_inputs(step: Step) -> set[str]:
 AS_GIVEN = {name: step for name, step in STEPS.items() if step.keyed is dict}
 
 
-def test_one_step_alone_says_itself_how_its_inputs_count() -> None:
-    assert set(STEPS) - set(AS_GIVEN) == {"task_scores"}  # tests/tasks/test_language_tasks.py holds its keys
+def test_two_steps_alone_say_themselves_how_their_inputs_count() -> None:
+    assert set(STEPS) - set(AS_GIVEN) == {"task_scores", "checkpoint"}  # test_language_tasks.py holds the former's keys
+
+
+def test_a_checkpoint_counts_the_tokenizer_that_is_written_into_it() -> None:
+    step = STEPS["checkpoint"]
+    _, *names = inspect.signature(step.build).parameters
+    models = [ModelIdentity("m", "w", t, "folder", "", "float32", trust_remote_code=False) for t in ("t", "other")]
+    materials = [step.request({**{name: name for name in names}, "model": model}).material for model in models]
+    assert [material["tokenizer"] for material in materials] == [{"files": "t"}, {"files": "other"}]
+    assert set(materials[0]) == {step.names.get(name, name) for name in keyed_inputs(step)} | {"tokenizer"}
 
 
 @pytest.mark.parametrize("step", AS_GIVEN.values(), ids=AS_GIVEN)

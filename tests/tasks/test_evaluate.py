@@ -2,18 +2,32 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from covercal.comparison import paired_difference
+from covercal.decoder import load_decoder
+from covercal.errors import EvaluationError
 from covercal.recipe import load_recipe
 from flows.chain import Chain, run_chain
 from flows.execution import Direct, Recorder
 from flows.inputs import identify
 from storage.artifacts import ArtifactStore
-from tasks.evaluate import compare_texts, mean_scores, read_scores, sequence_scores
+from storage.manifest import Ref
+from tasks.cached import Build, ByDigest
+from tasks.evaluate import (
+    compare_texts,
+    evaluate_text,
+    mean_scores,
+    read_scores,
+    reference_text,
+    sequence_scores,
+)
+from tasks.pool import sample_tokens
 from tests import tiny
 
 
@@ -81,3 +95,28 @@ def test_the_scores_of_several_models_are_averaged_field_by_field() -> None:
 def test_two_random_sets_are_two_checkpoints_of_the_same_size(ran: tuple[ArtifactStore, Chain]) -> None:
     _, chain = ran
     assert len({ref.digest for text in chain.texts for ref in (text.run, *text.random)}) == 6
+
+
+@pytest.mark.parametrize("broken", ["original", "quantised"])
+def test_a_model_that_gives_no_numbers_is_named_with_the_sequences(
+    ran: tuple[ArtifactStore, Chain], tmp_path: Path, broken: str
+) -> None:
+    store, chain = ran
+    text = next(each for each in chain.texts if each.kind == "divergence")
+    texts = next(Ref(**each) for each in store.manifest(text.reference).inputs if each["stage"] == "texts")
+    recipe = load_recipe(store.root.parent / "recipe.yaml")
+    damaged = load_decoder(Path(recipe.model.source), "float32", torch.device("cpu"))
+    with torch.no_grad():
+        damaged.model.get_input_embeddings().weight[sample_tokens(store, texts)[1][3]] = torch.inf
+    inputs: dict[str, Any] = {"model": identify(recipe, store).model, "imported": None, "texts": ByDigest(texts)}
+    if broken == "original":
+        step, name, inputs["keep_hidden"] = reference_text, "original_decoder", True
+    else:
+        step, name = evaluate_text, "checkpoint_decoder"
+        inputs |= {"checkpoint": ByDigest(chain.checkpoint), "reference": text.reference}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(f"tasks.evaluate.{name}", lambda *arguments: damaged)
+        with pytest.raises(
+            EvaluationError, match=r"gives NaN or infinity on \d+ of \d+ sequences of a text .*a wider dtype"
+        ):
+            step.build(Build(tmp_path, store, "text", tmp_path / "work"), **inputs, dtype="float32", device="cpu")

@@ -322,3 +322,52 @@ def test_a_text_for_perplexity_is_identified_by_its_file(tmp_path: Path, store: 
     path = tmp_path / "book.txt"
     path.write_text("once upon a time")
     assert identify_evaluation_text(PerplexityText(path=str(path)), store) == text_of(store, path=str(path))
+
+
+# --- changed while they are read -----------------------------------------------------------------------------------
+
+
+def test_weights_that_changed_are_told_and_a_tokenizer_that_did_is_of_no_matter_to_them(
+    folder: Path, store: ArtifactStore
+) -> None:
+    model = model_of(folder, store)
+    model.check_unchanged(store, unpacked=False)
+    (folder / "tokenizer_config.json").write_text("{}")
+    model.check_unchanged(store, unpacked=False)
+    with pytest.raises(InputError, match=r"The tokenizer of model model in .* was changed while it was read"):
+        TokenizerIdentity(model).check_unchanged(store, unpacked=False)
+    config = folder / "config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(InputError, match=r"Model model in .* was changed while it was read; nothing of it was kept"):
+        model.check_unchanged(store, unpacked=False)
+
+
+def test_a_gguf_file_that_was_unpacked_is_not_looked_at_again(tmp_path: Path, store: ArtifactStore) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF and more")
+    model = model_of(path, store)
+    path.write_bytes(b"GGUF and others")
+    for identity in (model, TokenizerIdentity(model)):
+        identity.check_unchanged(store, unpacked=True)
+        with pytest.raises(InputError, match="was changed while it was read"):
+            identity.check_unchanged(store, unpacked=False)
+
+
+def test_a_text_that_changed_is_told(tmp_path: Path, store: ArtifactStore) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("words")
+    text = text_of(store, path=str(path))
+    text.check_unchanged(store, unpacked=False)
+    path.write_text("other")
+    with pytest.raises(InputError, match=r"Text source .*a.txt was changed while it was read"):
+        text.check_unchanged(store, unpacked=True)
+
+
+def test_a_data_set_of_the_hub_is_read_at_the_commit_that_its_key_names(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.identities.dataset_commit", lambda source: "c" * 40)
+    text = text_of(store, hub="owner/name", revision="main")
+    assert text.source.revision == "c" * 40
+    monkeypatch.setattr("tasks.identities.dataset_commit", None)  # calling it would fail
+    text.check_unchanged(store, unpacked=False)

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from covercal.errors import InputError
 from covercal.pool import Counts, pack, sequences_digest, unique_documents
@@ -108,6 +110,30 @@ def test_a_digest_is_that_of_the_tokens_beside_it(store: ArtifactStore, files: P
 def test_a_text_is_the_tokens_beside_it_decoded(store: ArtifactStore, files: Path) -> None:
     columns = sample_columns(store, pool(store, files).ref, "text", "tokens")
     assert columns["text"] == [tiny.tiny_tokenizer().decode(tokens) for tokens in columns["tokens"]]
+
+
+def test_a_text_is_without_the_first_tokens_that_readers_put_again(
+    store: ArtifactStore, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_first = tiny.tiny_tokenizer()
+    processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    with_first.backend_tokenizer.post_processor = processor
+    monkeypatch.setattr("tasks.pool.load_tokenizer", lambda *arguments: with_first)
+    columns = sample_columns(store, pool(store, files).ref, "text", "tokens")
+    assert {tokens[0] for tokens in columns["tokens"]} == {1}
+    assert not any("<s>" in text for text in columns["text"])
+    assert columns["text"] == [with_first.decode(tokens[1:]) for tokens in columns["tokens"]]
+
+
+def test_a_text_that_is_changed_while_it_is_read_makes_no_pool(
+    store: ArtifactStore, files: Path, tmp_path: Path
+) -> None:
+    rows = [tiny.text(seed, "code") for seed in range(20)]
+    read = source(store, tmp_path / "texts.jsonl", rows)
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": tiny.text(0, "animals", 900), "domain": "code"}))
+    with pytest.raises(InputError, match=r"texts.jsonl was changed while it was read; nothing of it was kept"):
+        pool(store, files, sources=(read,), samples=4)
+    assert list(store.manifests("pool")) == []
 
 
 def test_the_words_of_a_sample_are_those_of_its_domain(store: ArtifactStore, files: Path) -> None:
