@@ -2,10 +2,11 @@
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -18,6 +19,9 @@ from storage.artifacts import ArtifactStore
 from storage.errors import RemoteSettingsError, StorageError, UnwritableStoreError
 from storage.manifest import Ref
 from tasks.settings import apply_settings
+
+if TYPE_CHECKING:
+    from covercal.recipe import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,7 +55,9 @@ def run(
 
     console = new_console(as_json)
     typed = load_recipe(recipe, overrides or [])
-    _check_new(output)
+    if output is not None:
+        _check_new(output)
+        _check_place(output)
     command = _header(console, "run", recipe, overrides)
     finished = execute(typed, the_store(offline=offline), console, command=command, verbose=verbose)
     if output is not None:
@@ -62,9 +68,9 @@ def run(
     _show_result(finished.summary, console)
     for name, path in (("Report", finished.report), ("Record", finished.record)):
         console.print(f"[bold]{name}[/bold]       {path}", soft_wrap=True, highlight=False)
-    again = f"covercal run {recipe} --set selection.budget={max(1, typed.selection.budget // 2)}"
+    again, reused = _next_run(typed, recipe, overrides)
     console.print(
-        f"Next         {again}   (reuses all but quantisation and evaluation)",
+        f"Next         {again}   ({reused})",
         soft_wrap=True,
         highlight=False,
         markup=False,
@@ -112,6 +118,10 @@ def select(
 
     console = new_console(as_json)
     typed = load_recipe(recipe, overrides or [])
+    if output is not None:
+        if output.is_dir():
+            raise InputError(f"--output {output} is a folder; name a file, such as {output / 'chosen.jsonl'}.")
+        _check_place(output)
     store = the_store(offline=offline)
     command = _header(console, "select", recipe, overrides)
     finished = execute(typed, store, console, command=command, until="selection", verbose=verbose)
@@ -316,7 +326,22 @@ def _fail(error: Exception | str, code: int) -> NoReturn:
 
 
 def _command(name: str, recipe: Path, overrides: list[str] | None) -> str:
-    return " ".join(["covercal", name, str(recipe), *(f"--set {each}" for each in overrides or [])])
+    words = ["covercal", name, str(recipe)]
+    for each in overrides or []:
+        words += ["--set", each]
+    return shlex.join(words)
+
+
+def _next_run(typed: "Recipe", recipe: Path, overrides: list[str] | None) -> tuple[str, str]:
+    """Return a command for a next run, and what it reuses of this one."""
+    if typed.quantization.calibrated:
+        field, value = "selection.budget", max(1, typed.selection.budget // 2)
+        reused = "reuses all but selection, quantisation and evaluation"
+    else:
+        field, value = "quantization.bits", 4 if typed.quantization.bits == 3 else 3
+        reused = "reuses all but quantisation and evaluation"
+    kept = [each for each in overrides or [] if each.partition("=")[0].strip() != field]
+    return _command("run", recipe, [*kept, f"{field}={value}"]), reused
 
 
 def _header(console: Console, name: str, recipe: Path, overrides: list[str] | None, *others: str) -> str:
@@ -336,9 +361,18 @@ def _check_deployed(recipe: Path, console: Console) -> None:
         console.print(f"{recipe} is not on this machine; the workers must have it there.", highlight=False)
 
 
-def _check_new(output: Path | None) -> None:
-    if output is not None and output.exists():
+def _check_new(output: Path) -> None:
+    if output.exists():
         raise InputError(f"--output {output} exists already; name a folder that does not.")
+
+
+def _check_place(output: Path) -> None:
+    """Make sure, before any work, that something can be written there."""
+    place = next(each for each in output.absolute().parents if each.exists())
+    if not place.is_dir():
+        raise InputError(f"--output {output} cannot be written: {place} is a file, not a folder.")
+    if not os.access(place, os.W_OK):
+        raise InputError(f"--output {output} cannot be written: folder {place} may not be written to.")
 
 
 def _export(checkpoint: Path, output: Path) -> None:

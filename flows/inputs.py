@@ -48,15 +48,22 @@ def identify(recipe: Recipe, store: ArtifactStore) -> Inputs:
     Raises
     ------
     InputError
-        When something is not there or not usable.
+        When something is not there or not usable, a requirement names no task, or the pool's own texts are to judge.
     """
-    evaluated = recipe.evaluation.texts
-    return Inputs(
-        identify_model(recipe.model, store),
-        tuple(identify_text(source, store) for source in recipe.pool.sources),
-        tuple(identify_evaluation_text(text, store) for text in evaluated),
-        tuple(identify_task(task, store) for task in recipe.evaluation.tasks),
-    )
+    tasks = tuple(identify_task(task, store) for task in recipe.evaluation.tasks)
+    for name in recipe.require.tasks:
+        if name not in (names := [task.name for task in tasks]):
+            raise InputError(f"require.tasks names {name!r}, which is no task of evaluation.tasks: {', '.join(names)}.")
+    sources = tuple(identify_text(source, store) for source in recipe.pool.sources)
+    texts = tuple(identify_evaluation_text(text, store) for text in recipe.evaluation.texts)
+    of_pool = {(each.content, each.source.config, each.source.split) for each in sources}
+    for text in texts:
+        if (text.content, text.source.config, text.source.split) in of_pool:
+            raise InputError(
+                f"Evaluation text {text.source.name} is a source of the pool, too: what is measured on it is not held "
+                "out from the choice. Give another text, or split this one."
+            )
+    return Inputs(identify_model(recipe.model, store), sources, texts, tasks)
 
 
 def check_model(recipe: Recipe, inputs: Inputs, execution: Direct) -> Ref | None:

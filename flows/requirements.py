@@ -36,9 +36,10 @@ def _required(recipe: Recipe, summary: dict[str, Any]) -> Iterator[tuple[str, fl
         for text in summary["evaluation"] if bar is not None else ():
             if measure in text["run"]["all"]:
                 yield f"{words} on {text['text']}", text["run"]["all"][measure], bar
-    found = {each["task"]: each["scores"].get("run", {}).get("value") for each in summary["tasks"]}
+    found = [(each["task"], each["scores"].get("run", {}).get("value")) for each in summary["tasks"]]
     for name, bar in recipe.require.tasks.items():
-        yield f"task {name}", found.get(name), bar
+        for value in [value for task, value in found if task == name] or [None]:
+            yield f"task {name}", value, bar
 
 
 def _sentence(what: str, value: float | None, bar: Bar) -> str:

@@ -70,7 +70,7 @@ class Claims:
             self._users[key] = {threading.get_ident()}
 
     def leave(self, key: str) -> None:
-        """Note that this thread found nothing to use under a key; the process keeps it from being deleted all the same."""
+        """Note that this thread found nothing to use under a key; what the process noted stays."""
         with self._lock:
             self._users.get(key, set()).discard(threading.get_ident())
 

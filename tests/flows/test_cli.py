@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from covercal.recipe import load_recipe
 from flows import cli
 from storage.artifacts import ArtifactStore
 from tests.flows.test_run import run_here
@@ -125,6 +126,51 @@ def test_run_output_is_a_checkpoint_that_loads(
     assert len(record["calibration"]["samples"]) == 4
     code, _, err = command("run", path, "--output", tmp_path / "checkpoint")
     assert (code, "exists already" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "message"),
+    [
+        ("select", ".", "is a folder; name a file"),
+        ("select", "file/chosen.jsonl", "is a file, not a folder"),
+        ("run", "file/new/checkpoint", "is a file, not a folder"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named_before_any_work(
+    command: Command,
+    write_recipe: WriteRecipe,
+    store: ArtifactStore,
+    tmp_path: Path,
+    name: str,
+    place: str,
+    message: str,
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = command(name, write_recipe(), "--output", tmp_path / place)
+    assert (code, message in err) == (2, True)
+    assert not list(store.manifests())
+
+
+def test_the_next_run_that_is_offered_is_of_the_same_recipe(write_recipe: WriteRecipe) -> None:
+    path = write_recipe()
+    given = ["quantization.method=gptq", "pool.sequence_length=[16, 32]", "selection.budget=6"]
+    kept = "--set quantization.method=gptq --set 'pool.sequence_length=[16, 32]' --set selection.budget=3"
+    typed = load_recipe(path, given)
+    assert cli._next_run(typed, path, given) == (
+        f"covercal run {path} {kept}",
+        "reuses all but selection, quantisation and evaluation",
+    )
+    cached = load_recipe(path, ["quantization.method=cached"])  # reads no chosen samples
+    assert cli._next_run(cached, path, None)[0] == f"covercal run {path} --set quantization.bits=3"
+
+
+def test_what_is_measured_on_the_pools_own_texts_is_refused(command: Command, write_recipe: WriteRecipe) -> None:
+    path = write_recipe()
+    recipe = load_recipe(path)
+    text = recipe.pool.sources[0].path
+    code, _, err = command("plan", path, "--set", f"evaluation.divergence=[{{path: {text}}}]")
+    assert code == 2
+    assert "is a source of the pool, too: what is measured on it is not held out" in err
 
 
 def test_select_writes_the_chosen_samples_with_text_tokens_domain_rank_and_gain(

@@ -10,6 +10,7 @@ import pytest
 from covercal.errors import InputError
 from covercal.recipe import Recipe, load_recipe, parse_recipe
 from flows.execution import FAILED, Event
+from flows.inputs import identify
 from flows.requirements import missed, shortcomings
 from storage.artifacts import ArtifactStore
 from tests.flows.test_cli import Command, command
@@ -74,6 +75,35 @@ def test_failures_and_missed_bars_are_told_together() -> None:
     assert one == "1 evaluation failed; the first: tasks: InputError: no"
     assert other.startswith("The run misses what its recipe requires: the KL")
     assert shortcomings(recipe(), {"selection": {}}, []) == []
+
+
+def test_of_two_entries_of_one_task_both_have_to_reach_the_bar() -> None:
+    value = summary(0.1, task=0.9)
+    value["tasks"] = [{"task": "arc", "scores": {"run": {"value": each}}} for each in (0.3, 0.9)]
+    assert missed(recipe(tasks={"arc": {"min": 0.6}}), value) == ["task arc is 0.3; require asks for at least 0.6"]
+
+
+def test_a_task_that_is_required_and_not_measured_is_named_before_any_work(
+    write_recipe: WriteRecipe, store: ArtifactStore, tmp_path: Path
+) -> None:
+    items = tmp_path / "items.jsonl"
+    items.write_text(json.dumps({"question": "a", "choices": ["b", "c"], "answer": 0}) + "\n")
+    task = {
+        "task": "own",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "items.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+    }
+    (tmp_path / "own.yaml").write_text(json.dumps(task))
+    path = write_recipe(
+        evaluation={"tasks": [{"path": str(tmp_path / "own.yaml")}]}, require={"tasks": {"owm": {"min": 0.1}}}
+    )
+    with pytest.raises(InputError, match=r"require.tasks names 'owm', which is no task of evaluation.tasks: own\."):
+        identify(load_recipe(path), store)
 
 
 @pytest.mark.parametrize("section", ["divergence", "agreement", "perplexity", "tasks"])

@@ -173,7 +173,7 @@ def _quantization() -> dict[str, Any]:
         "average_bits": 3.5391,
         "format": "pack-quantized",
         "why_dense": None,
-        "notes": [f"a note with {SCRIPT}"],
+        "notes": {"model.layers.0.mlp.down_proj": f"a note with {SCRIPT}"},
         "grown_damping": [],
         "parameters": 134_515_008,
         "quantized_parameters": 106_168_320,

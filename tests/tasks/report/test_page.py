@@ -42,6 +42,13 @@ def test_the_first_numbers_are_the_summarys(page: Element) -> None:
     assert "7:17 2 of 7 stages cached" in facts
 
 
+def test_a_note_says_what_and_of_which_linears(summary: dict[str, Any]) -> None:
+    notes = {"a.q_proj": "rounded to nearest", "a.k_proj": "rounded to nearest", "b.o_proj": "not validated"}
+    page = redrawn(quantization={**summary["quantization"], "notes": notes})
+    assert "rounded to nearest: a.q_proj, a.k_proj" in page.text
+    assert "not validated: b.o_proj" in page.text
+
+
 def test_the_result_has_a_column_for_every_model_and_comparison(page: Element) -> None:
     assert result(page)["measure"] == [
         "original", "round to nearest", "32 random samples", "this run",
