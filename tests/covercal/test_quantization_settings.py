@@ -352,6 +352,14 @@ NOT_READ: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"method": "rtn"}, "shrinkage", {"strength": 0.5}),
     ({"method": "rtn"}, "gram", {"weight": "sequence"}),
     ({"method": "rtn"}, "", {"activation_order": False}),
+    ({"method": "rtn"}, "gram", {"prefixes": [8]}),
+    ({"method": "rtn", "activations": "dynamic"}, "gram", {"prefixes": [8]}),
+    *(
+        ({"method": "w8a8_static", "gram": {"prefixes": prefixes}}, "gram", fields)
+        for prefixes in ([], [8])
+        for fields in ({"weight": "sequence"}, {"expert_tokens": 8}, {"source": "blend"}, {"pool_share": 0.2})
+    ),
+    ({"method": "w8a8_static", "activations": {"source": "statistics"}}, "gram", {"prefixes": [8]}),
     ({"method": "awq"}, "damping", {"strength": 0.5}),
     ({"method": "awq"}, "shrinkage", {"strength": 0.5}),
     ({"method": "awq"}, "", {"activation_order": False}),
@@ -404,6 +412,8 @@ READ: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({}, "gram", {"weight": "sequence"}),
     ({}, "gram", {"prefixes": [8]}),
     ({}, "gram", {"expert_tokens": 8}),
+    ({"method": "w8a8_static"}, "gram", {"prefixes": [8]}),
+    ({"method": "w8a8_static", "gram": {"prefixes": [8]}}, "gram", {"prefixes": [4, 8]}),
     ({"gram": "blend"}, "gram", {"pool_share": 0.2}),
     ({"method": "rtn", "ranges": "output"}, "gram", {"weight": "sequence"}),
     ({}, "shrinkage", {"strength": 0.2}),
@@ -436,6 +446,10 @@ READ: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"shrinkage": "ledoit_wolf"}, "shrinkage", {"towards": "pool"}),
     ({"damping": {"weights": "saliency"}}, "damping", {"gamma": 0.5}),
 ]
+
+
+def test_whole_samples_are_not_named_in_the_key_of_static_ranges() -> None:
+    assert "gram" not in settings(method="w8a8_static").key_material()
 
 
 @pytest.mark.parametrize(("base", "section", "fields"), READ)

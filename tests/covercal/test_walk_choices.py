@@ -427,7 +427,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "": {"activation_order": False},
     "ranges": {"shrink": 0.7, "steps": 5},
     "scaling": {"loss": "module", "steps": 4, "regularization": "identity", "strength": 0.1, "power": 0.8},
-    "gram": {"pool_share": 0.2, "weight": "sequence", "expert_tokens": 4},
+    "gram": {"pool_share": 0.2, "weight": "sequence", "expert_tokens": 4, "prefixes": (6, 11)},
     "shrinkage": {"strength": 0.4, "towards": "pool"},
     "damping": {"strength": 0.3, "weights": "saliency", "gamma": 0.35},
     "target": {"alpha": 0.6},
@@ -447,6 +447,7 @@ BASES: dict[str, dict[str, Any]] = {
     "blend": {"gram": "blend"},
     "pool, static": {"gram": "pool", "activations": "static"},
     "dynamic": {"activations": "dynamic"},
+    "static, prefixes": {"method": "w8a8_static", "gram": {"prefixes": [6, 11]}},
     "static, percentile": {"activations": {"kind": "static", "ranges": "percentile"}},
     "salient": {"salient": 0.05},
 }
