@@ -282,6 +282,20 @@ def _target(weight: Tensor, index: int, rows: slice, alpha: float, job: _Job) ->
     return corrected_target(weight, _outputs_drift(weight, index, rows, job), job.solver.factor, alpha)
 
 
+def _aim(target: Tensor, job: _Job) -> Tensor:
+    """Return what polishing and fitted scales go towards, (rows, columns): the target, and with GPTAQ that of CoreQ.
+
+    GPTAQ rounds the weights themselves, and corrects as it goes so that Q X_q comes near W (X_q + alpha dX). CoreQ's
+    target is where that distance is least; towards the weights, the correction would be undone.
+    """
+    rounding, kind, alpha = job.settings.rounding, job.settings.target.kind, job.settings.target.alpha
+    refines = rounding.polish > 0 or job.settings.ranges.refit > 0
+    if job.solver is None or kind != "gptaq" or not isinstance(alpha, float) or not refines:
+        return target
+    drift = _needed(job.statistics.drift, "the drift")
+    return corrected_target(target, target @ drift, job.solver.factor, alpha)
+
+
 def _outputs_drift(weight: Tensor, index: int, rows: slice, job: _Job) -> Tensor:
     """Return W D of rows `rows` of linear `index`, whose weights are `weight`."""
     known = job.statistics.outputs_drift
@@ -316,17 +330,22 @@ def _solve_rows(target: Tensor, mask: Tensor | None, job: _Job) -> tuple[Solved,
 
     Where scales are fitted, all is rounded again before every fit but the first, and polished before the last.
     """
+    aim = _aim(target, job)
     plain = target if mask is None else torch.where(mask, 0.0, target)
     grid = _grid(plain, job.statistics, job.settings, job.grid)
     apart = salient_grid(target, mask, job.settings.salient.bits, job.grid) if mask is not None else None
     turned = target.T.contiguous()
+    turned_aim = turned if aim is target else aim.T.contiguous()
     fits = job.settings.ranges.refit if job.solver is not None else 0
     for left in reversed(range(max(fits, 1))):
         levels = Levels.of(grid, target.shape[1], apart)
-        rounded = _rounded(turned, levels, job.solver, job.settings, last=not left).T.contiguous()
+        rounded = _rounded(turned, levels, job.solver, job.settings)
+        if not left:
+            rounded = _polished(turned_aim, rounded, levels, job.solver, job.settings)
+        rounded = rounded.T.contiguous()
         codes = grid.codes(rounded)
         if fits:
-            grid = _refitted(target, rounded, codes, mask, grid, job.solver)
+            grid = _refitted(aim, rounded, codes, mask, grid, job.solver)
     if fits:
         values = grid.values(codes)
         rounded = values if mask is None else torch.where(mask, rounded, values)
@@ -350,19 +369,24 @@ def _refitted(
     return refitted(torch.where(mask, target - rounded, target), steps.masked_fill(mask, 0.0), grid, metric)
 
 
-def _rounded(turned: Tensor, levels: Levels, solver: _Solver | None, settings: Quantization, *, last: bool) -> Tensor:
+def _rounded(turned: Tensor, levels: Levels, solver: _Solver | None, settings: Quantization) -> Tensor:
     rounding = settings.rounding
     if solver is None:
         return levels.all_nearest(turned)
     if rounding.kind == "beam":
-        rounded = round_by_beam(turned, solver.factor, levels, rounding.width)
-    elif rounding.kind == "sequential":
-        rounded = round_sequentially(turned, solver.factor, levels, solver.drift, solver.scratch)
-    else:
-        rounded = levels.all_nearest(turned)
-    if not rounding.polish or not last:
+        return round_by_beam(turned, solver.factor, levels, rounding.width)
+    if rounding.kind == "sequential":
+        return round_sequentially(turned, solver.factor, levels, solver.drift, solver.scratch)
+    return levels.all_nearest(turned)
+
+
+def _polished(
+    turned: Tensor, rounded: Tensor, levels: Levels, solver: _Solver | None, settings: Quantization
+) -> Tensor:
+    passes = settings.rounding.polish
+    if solver is None or not passes:
         return rounded
-    return polish(turned, rounded, solver.metric, levels, solver.factor.order, rounding.polish)
+    return polish(turned, rounded, solver.metric, levels, solver.factor.order, passes)
 
 
 def _grid(weight: Tensor, statistics: SiteStatistics, settings: Quantization, grid_settings: GridSettings) -> Grid:
