@@ -289,6 +289,14 @@ CONFLICTS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "gram.prefixes are of the chosen samples; `gram: pool` calibrates on none",
         {"gram": {"source": "pool", "prefixes": []}},
     ),
+    *(
+        (
+            {"group_size": 64, "salient": {"share": 0.005, "scope": "group"}},
+            "salient.share 0.005 marks no weight in a group of 64: give at least 0.0156, or another salient.scope",
+            {"salient": instead},
+        )
+        for instead in ({"share": 0.0156, "scope": "group"}, {"share": 0.005, "scope": "row"}, {"share": 0.005})
+    ),
     (
         {"method": "precal", "activations": "dynamic"},
         "no format holds quantised activations beside salient weights",
@@ -321,6 +329,8 @@ def test_what_the_reason_proposes_is_accepted(fields: dict[str, Any], _: Any, in
         {"target": "coreq", "rounding": "nearest"},
         {"shrinkage": "ledoit_wolf", "scaling": "awq"},
         {"method": "cached", "shrinkage": "ledoit_wolf"},
+        {"group_size": 64, "salient": {"share": 0.0, "scope": "group"}},
+        {"group_size": None, "salient": {"share": 0.005, "scope": "group"}},
     ],
 )
 def test_choices_that_only_look_like_those_are_accepted(fields: dict[str, Any]) -> None:
