@@ -23,8 +23,8 @@ class Batch:
     ----------
     number
         Its place in the streams.
-    first
-        Number of its first sequence among all.
+    samples
+        Number of the sample that each sequence is, or is a prefix of.
     shape
         (sequences, tokens).
     weight
@@ -34,7 +34,7 @@ class Batch:
     """
 
     number: int
-    first: int
+    samples: tuple[int, ...]
     shape: tuple[int, int]
     weight: float
     arguments: list[BlockArguments]

@@ -287,8 +287,12 @@ class _Job:
 @torch.inference_mode()
 def _start(job: _Job, sequences: Sequence[Tokens], memory: Memory) -> Calibration:
     gram = job.settings.gram
+    samples: list[int] | None = None
     if gram.prefixes:
-        sequences = [sequence[:length] for sequence in sequences for length in gram.prefixes if length <= len(sequence)]
+        cut = [[sequence[:length] for length in gram.prefixes if length <= len(sequence)] for sequence in sequences]
+        used = [prefixes for prefixes in cut if prefixes]
+        sequences = [prefix for prefixes in used for prefix in prefixes]
+        samples = [sample for sample, prefixes in enumerate(used) for _ in prefixes]
     if not sequences:
         shortest = f" of at least {min(gram.prefixes)} tokens (quantization.gram.prefixes)" if gram.prefixes else ""
         raise QuantizationError(f"There is no calibration sample{shortest}.")
@@ -299,6 +303,8 @@ def _start(job: _Job, sequences: Sequence[Tokens], memory: Memory) -> Calibratio
         compares=job.compares,
         storage_dtype=job.storage_dtype,
         memory=memory,
+        samples=samples,
+        one_by_one=job.settings.reads_spread and len(gram.prefixes) > 1,
     )
 
 
@@ -446,6 +452,7 @@ def wanted_sums(settings: Quantization) -> Wanted:
         gram=settings.reads_inputs and settings.gram.source != "pool",
         validation=settings.validates,
         spread=settings.reads_spread,
+        nested=len(settings.gram.prefixes) > 1,
         magnitude=settings.damping.weights == "saliency",
         drift=settings.target.kind != "weights",
         drift_energy=settings.target.kind == "coreq" and settings.target.alpha == "closed_form",

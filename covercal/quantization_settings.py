@@ -71,9 +71,10 @@ class GramSource(Choice):
         "token", description="every token counts the same, or every sequence, whatever its length (MaCa)"
     )
     prefixes: tuple[int, ...] = Field(
-        (), description="calibrate on these prefixes of every chosen sample (nested lengths); empty: on whole samples"
+        (),
+        description="calibrate on these prefixes of every chosen sample (nested lengths); empty: on whole samples. "
+        "Those of one sample are held out together, and count together for how much samples differ",
     )
-
     expert_tokens: int = Field(
         32, ge=1, description="an expert that fewer calibration tokens reach is rounded to nearest, and reported"
     )

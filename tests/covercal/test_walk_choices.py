@@ -20,7 +20,7 @@ from covercal.block_pass import BlockPass
 from covercal.calibration import round_parameters
 from covercal.decoder import Decoder, linear_of, make_decoder, token_tensor
 from covercal.errors import QuantizationError
-from covercal.gram import SiteStatistics
+from covercal.gram import SiteStatistics, SiteSums, Wanted
 from covercal.hidden_states import HiddenStates
 from covercal.input_scaling import ScaledSite, scale_block
 from covercal.quantization import (
@@ -47,7 +47,7 @@ from tests.covercal.walks import (
     quantized_model,
     reports_of,
 )
-from tests.tiny import BLOCKS, random_tokens, tiny_model
+from tests.tiny import BLOCKS, WIDTH, random_tokens, tiny_model
 
 CPU = torch.device("cpu")
 Tokens = npt.NDArray[np.int32]
@@ -151,6 +151,37 @@ def test_a_prefix_that_is_longer_than_a_sample_is_left_out_for_it() -> None:
     found = walk(choices(gram={"prefixes": [8, 15]}))
     assert comparable(found) == comparable(walk(choices(), cut))
     assert reports_of(found)[FIRST].tokens == sum(map(len, cut))
+
+
+def test_all_prefixes_of_a_sample_are_held_out_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = choices(shrinkage="validated", gram={"prefixes": [8, 12, 15]})
+    found = Walked(monkeypatch, settings).statistics[0]
+    kept = [[s[:length] for length in (8, 12, 15) if length <= len(s)] for s in MIXED]
+    held_out = [inputs_of(decoder_of("llama").model, FIRST, prefixes) for prefixes in (kept[3], kept[7])]
+    x = torch.cat([inputs for sample in held_out for inputs in sample])
+    assert found.validation is not None
+    torch.testing.assert_close(found.validation.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+def test_samples_that_are_shorter_than_any_prefix_do_not_count_among_those_held_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = choices(shrinkage="validated", gram={"prefixes": [12, 15]})  # leaves out four of nine
+    found = Walked(monkeypatch, settings).statistics[0]
+    x = torch.cat(inputs_of(decoder_of("llama").model, FIRST, [MIXED[7][:12], MIXED[7]]))
+    assert found.validation is not None
+    torch.testing.assert_close(found.validation.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_ledoit_wolf_share_of_prefixes_is_that_of_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = choices(shrinkage="ledoit_wolf", gram={"prefixes": [15, 8, 12]})
+    found = Walked(monkeypatch, settings).statistics[0]
+    sums = SiteSums(WIDTH, CPU, Wanted(spread=True))
+    for number, sample in enumerate(MIXED):
+        prefixes = [sample[:length] for length in (15, 8, 12) if length <= len(sample)]
+        x = torch.cat(inputs_of(decoder_of("llama").model, FIRST, prefixes))
+        sums.add(x[None], samples=[number])
+    assert found.ledoit_wolf == pytest.approx(sums.statistics().ledoit_wolf, rel=1e-4)
 
 
 @pytest.mark.parametrize(
