@@ -38,7 +38,7 @@ from covercal.quantizers.regularization import (
     damping_weights,
     regularized,
 )
-from covercal.quantizers.salient import salient_grid, salient_mask
+from covercal.quantizers.salient import SalientGrid, salient_grid, salient_mask
 from covercal.quantizers.sequential import round_sequentially
 from covercal.quantizers.targets import carried_drift, corrected_target, reachable, reachable_share
 
@@ -93,10 +93,11 @@ def solve_site(
     """
     grid_settings = GridSettings(settings.bits, settings.group_size, settings.symmetric, scale_dtype)
     check_inputs(weights, statistics, settings)
-    found = _regularization(weights, statistics, settings, grid_settings) if settings.rounds else None
+    masks = [_mask(weight, settings) for weight in weights]
+    found = _regularization(weights, masks, statistics, settings, grid_settings) if settings.rounds else None
     solver = _solver(weights, statistics, settings, found) if found is not None else None
     job = _Job(statistics, settings, grid_settings, solver)
-    joined = tuple(weight.joined(statistics.gram) for weight in _solve_pieces(weights, job))
+    joined = tuple(weight.joined(statistics.gram) for weight in _solve_pieces(weights, masks, job))
     if solver is None:
         return SolvedSite(joined)
     factor = solver.factor
@@ -210,7 +211,11 @@ def _factor(
 
 
 def _regularization(
-    weights: Sequence[Tensor], statistics: SiteStatistics, settings: Quantization, grid_settings: GridSettings
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    statistics: SiteStatistics,
+    settings: Quantization,
+    grid_settings: GridSettings,
 ) -> Regularization:
     """Return the regularisation that the settings fix, estimate, or find best on held-out sequences."""
     candidates = list(regularizations(settings, statistics))
@@ -219,9 +224,10 @@ def _regularization(
     training, held_out = statistics.training, statistics.validation
     if training is None or held_out is None:
         return candidates[0]  # told in the site's note
-    rows = _some_rows(weights)
-    rows = rows.to(training.dtype)
-    levels = Levels.of(_grid(rows, statistics, settings, grid_settings), rows.shape[1])
+    rows = _some_rows(weights).to(training.dtype)
+    salient = [mask for mask in masks if mask is not None]
+    grid, apart = _grids(rows, _some_rows(salient) if salient else None, statistics, settings, grid_settings)
+    levels = Levels.of(grid, rows.shape[1], apart)
     turned = rows.T.contiguous()
     losses = []
     for candidate in candidates:
@@ -259,7 +265,7 @@ def regularizations(settings: Quantization, statistics: SiteStatistics) -> Itera
 
 
 def _some_rows(weights: Sequence[Tensor]) -> Tensor:
-    """Return evenly spaced rows of all weights together, float64."""
+    """Return evenly spaced rows of all weights (or masks) together."""
     total = sum(len(weight) for weight in weights)
     wanted = torch.linspace(0, total - 1, min(VALIDATED_ROWS, total)).round().long()
     return torch.cat(list(weights))[wanted.to(weights[0].device)]
@@ -302,9 +308,8 @@ def _outputs_drift(weight: Tensor, index: int, rows: slice, job: _Job) -> Tensor
     return weight @ _needed(job.statistics.drift, "the drift") if known is None else known[index][rows]
 
 
-def _solve_pieces(weights: Sequence[Tensor], job: _Job) -> list[Pieces]:
+def _solve_pieces(weights: Sequence[Tensor], masks: Sequence[Tensor | None], job: _Job) -> list[Pieces]:
     """Round some rows after others."""
-    masks = [_mask(weight, job.settings) for weight in weights]
     found = [Pieces(_alpha(weight, index, job)) for index, weight in enumerate(weights)]
     width = job.settings.rounding.width if job.settings.rounding.kind == "beam" else 1
     for pieces in row_pieces([len(weight) for weight in weights], weights[0].shape[1], width):
@@ -331,9 +336,7 @@ def _solve_rows(target: Tensor, mask: Tensor | None, job: _Job) -> tuple[Solved,
     Where scales are fitted, all is rounded again before every fit but the first, and polished before the last.
     """
     aim = _aim(target, job)
-    plain = target if mask is None else torch.where(mask, 0.0, target)
-    grid = _grid(plain, job.statistics, job.settings, job.grid)
-    apart = salient_grid(target, mask, job.settings.salient.bits, job.grid) if mask is not None else None
+    grid, apart = _grids(target, mask, job.statistics, job.settings, job.grid)
     turned = target.T.contiguous()
     turned_aim = turned if aim is target else aim.T.contiguous()
     fits = job.settings.ranges.refit if job.solver is not None else 0
@@ -387,6 +390,17 @@ def _polished(
     if solver is None or not passes:
         return rounded
     return polish(turned, rounded, solver.metric, levels, solver.factor.order, passes)
+
+
+def _grids(
+    weight: Tensor, mask: Tensor | None, statistics: SiteStatistics, settings: Quantization, grid_settings: GridSettings
+) -> tuple[Grid, SalientGrid | None]:
+    """Return the grid of weights (rows, columns) less the salient ones, and that of those."""
+    if mask is None:
+        return _grid(weight, statistics, settings, grid_settings), None
+    plain = torch.where(mask, 0.0, weight)
+    apart = salient_grid(weight, mask, settings.salient.bits, grid_settings)
+    return _grid(plain, statistics, settings, grid_settings), apart
 
 
 def _grid(weight: Tensor, statistics: SiteStatistics, settings: Quantization, grid_settings: GridSettings) -> Grid:

@@ -337,6 +337,30 @@ def test_evenly_spaced_rows_validate_when_there_are_many(monkeypatch: pytest.Mon
     assert solve_site(both, known, preset, DTYPE).regularization == candidates[int(np.argmin(losses))]
 
 
+def with_outliers(seed: int, *rows: int) -> list[Tensor]:
+    """Return weights of which three a row are twelve times as large as the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    found = weights(seed, *rows)
+    for weight in found:
+        places = torch.rand(weight.shape, generator=generator).topk(3, dim=1).indices
+        weight.scatter_(1, places, weight.gather(1, places) * 12)
+    return found
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_regularisation_is_judged_by_the_rounding_that_it_is_for_salient_weights_apart(seed: int, bits: int) -> None:
+    both, known = with_outliers(seed, 7, 12), measured(seed, tokens=12)
+    salient = {"share": 0.0625, "bits": bits}
+    losses = []
+    for share in SHRINKAGES:
+        preset, trained = chosen(shrinkage=share, salient=salient), SiteStatistics(gram=known.training)
+        found = solve_site(both, trained, preset, DTYPE).weights
+        losses.append(sum(loss(w, dense(each), known.validation) for w, each in zip(both, found, strict=True)))
+    searched = solve_site(both, known, chosen(shrinkage="validated", salient=salient), DTYPE).regularization
+    assert searched == Regularization(SHRINKAGES[int(np.argmin(losses))], 0.01)
+
+
 @pytest.mark.parametrize("missing", ["validation", "training"])
 def test_without_held_out_sequences_the_first_candidate_is_taken_and_that_is_noted(missing: str) -> None:
     known = replace(measured(1), **{missing: None})
