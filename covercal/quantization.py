@@ -461,9 +461,10 @@ def wanted_sums(settings: Quantization) -> Wanted:
 
 
 def blended(found: SiteStatistics, known: SiteStatistics, share: float) -> SiteStatistics:
-    """Return the statistics of calibration inputs with a share of each matrix taken from the pool's.
+    """Return the statistics of calibration inputs with a share of each mean taken from the pool's, and larger peaks.
 
-    The pool's part has no drift: its inputs are the original model's.
+    The pool's part has no drift: its inputs are the original model's. How sequences differ, and how often an input is
+    how large, is the calibration inputs' alone.
     """
     rest = 1.0 - share
 
@@ -473,11 +474,16 @@ def blended(found: SiteStatistics, known: SiteStatistics, share: float) -> SiteS
     def part(own: Tensor | None) -> Tensor | None:
         return None if own is None else rest * own
 
+    def larger(own: Tensor | None, pool: Tensor | None) -> Tensor | None:
+        return own if own is None or pool is None else torch.maximum(own, pool.to(own.dtype))
+
     return replace(
         found,
         gram=mix(found.gram, known.gram),
         training=mix(found.training, known.training),
         validation=mix(found.validation, known.validation),
+        magnitude=mix(found.magnitude, known.magnitude),
+        peak=larger(found.peak, known.peak),
         drift=part(found.drift),
         drift_energy=part(found.drift_energy),
         outputs_drift=found.outputs_drift and tuple(rest * each for each in found.outputs_drift),

@@ -549,13 +549,13 @@ def test_the_order_of_sequences_of_one_length_does_not_matter(method: str) -> No
 class Walked:
     """What the solver was given in a walk over the first block, and the scales of its inputs."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, settings: Quantization) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, settings: Quantization, pool: PoolSource | None = None) -> None:
         self.statistics: list[SiteStatistics] = []
         self.weights: list[list[Tensor]] = []
         self.scales: dict[int, ScaledSite] = {}
         monkeypatch.setattr(quantization, "solve_site", self._solve)
         monkeypatch.setattr(quantization, "scale_block", self._scale)
-        self.blocks = [next(quantize_blocks(decoder_of("llama"), MIXED, settings, "float32"))]
+        self.blocks = [next(quantize_blocks(decoder_of("llama"), MIXED, settings, "float32", pool=pool))]
 
     def _solve(self, weights: list[Tensor], statistics: SiteStatistics, *rest: Any) -> Any:
         self.weights.append(weights)
@@ -615,6 +615,29 @@ def test_the_pools_part_of_a_blend_has_no_drift(share: float) -> None:
     assert turned.outputs_drift is not None
     torch.testing.assert_close(turned.outputs_drift[0], (1 - share) * ones)
     assert turned.outputs_drift_energy == pytest.approx((5 - 5 * share,))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.7])
+def test_sizes_of_inputs_are_blended_as_their_gram_matrices_are(share: float) -> None:
+    own = SiteStatistics(magnitude=torch.tensor([1.0, 4.0]).double(), peak=torch.tensor([9.0, 5.0]).double())
+    pool = SiteStatistics(magnitude=torch.tensor([2.0, 1.0]).double(), peak=torch.tensor([3.0, 8.0]).double())
+    found = quantization.blended(own, pool, share)
+    torch.testing.assert_close(found.magnitude, (1 - share) * own.magnitude + share * pool.magnitude)
+    assert found.peak is not None
+    assert found.peak.tolist() == [9.0, 8.0]
+    unknown = quantization.blended(own, SiteStatistics(), share)
+    assert unknown.magnitude is own.magnitude
+    assert unknown.peak is own.peak
+
+
+@pytest.mark.parametrize("settings", [choices("sarqc_gbs"), choices("coreq", damping={"weights": "saliency"})])
+def test_the_saliency_of_a_blend_reads_mean_sizes_of_both(
+    settings: Quantization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blend = settings.model_copy(update={"gram": settings.gram.model_copy(update={"source": "blend"})})
+    walked = Walked(monkeypatch, blend, pool_of("llama"))
+    sizes = [torch.cat(inputs_of(decoder_of("llama").model, FIRST, each)).abs().mean(dim=0) for each in (MIXED, POOL)]
+    torch.testing.assert_close(walked.statistics[0].magnitude, sum(sizes) / 2, rtol=1e-4, atol=1e-6)
 
 
 # --- what a walk holds ---------------------------------------------------------------------------------------------
