@@ -64,7 +64,7 @@ class GramSource(Choice):
     source: Literal["calibration", "pool", "blend"] = Field(
         "calibration",
         description="calibration: the chosen samples, behind the quantised prefix; pool: the whole pool, at full "
-        "precision, cached; blend: a mean of both",
+        "precision, cached; blend: a mean of both (with the larger of both peaks)",
     )
     pool_share: float = Field(0.5, gt=0, lt=1, description="weight of the pool in a blend")
     weight: Literal["token", "sequence"] = Field(
@@ -96,7 +96,11 @@ class Shrinkage(Choice):
         description="share of the matrix that is replaced; ledoit_wolf: by how much its sequences differ; "
         "validated: what rounds held-out sequences best, for each site",
     )
-    towards: Literal["own", "pool"] = Field("own", description="its own diagonal, or the pool's")
+    towards: Literal["own", "pool"] = Field(
+        "own",
+        description="its own diagonal, or the pool's, from the cached statistics: without the first "
+        "statistics.skip_tokens tokens of every sample, which the matrix itself includes",
+    )
 
 
 class Damping(Choice):
@@ -167,7 +171,9 @@ class Activations(Choice):
     ranges: Literal["min_max", "percentile", "mse"] = Field("min_max", description="of a static scale")
     percentile: float = Field(99.99, gt=50, le=100)
     source: Literal["calibration", "statistics"] = Field(
-        "calibration", description="static scales from the chosen samples' inputs, or from the cached statistics"
+        "calibration",
+        description="static scales from the chosen samples' inputs, or from the cached statistics: without the first "
+        "statistics.skip_tokens tokens of every sample, which are quantised all the same",
     )
 
 
