@@ -23,8 +23,8 @@ class Batch:
     ----------
     number
         Its place in the streams.
-    first
-        Number of its first sequence among all.
+    samples
+        Number of the sample that each sequence is, or is a prefix of.
     shape
         (sequences, tokens).
     weight
@@ -34,7 +34,7 @@ class Batch:
     """
 
     number: int
-    first: int
+    samples: tuple[int, ...]
     shape: tuple[int, int]
     weight: float
     arguments: list[BlockArguments]
@@ -155,15 +155,15 @@ class _Running(greenlet):
 
     def __init__(self, block: nn.Module, hidden: Tensor, arguments: BlockArguments) -> None:
         super().__init__(run_block)
-        self.passed: set[int] = set()  # orders of the sites whose inputs were handed over
+        self.wanted = 0  # order of the first site whose input is still asked for
         self.computed: set[str] = set()  # names of the linears that have computed
         self._call: tuple[Any, ...] = (block, hidden, arguments)
         self._stop: Read | Tensor | None = None
 
     def until(self, order: int) -> Read | Tensor:
         """Go on to a site, or behind it where it is not reached; returns what stands there, at the end what leaves."""
-        stop = self._stop
-        while stop is None or (isinstance(stop, Read) and stop.order < order):
+        self.wanted, stop = order, self._stop
+        if stop is None or (isinstance(stop, Read) and stop.order < order):
             call, self._call = self._call, ()
             self._stop = stop = None  # not held while what follows computes
             self._stop = stop = cast(Read | Tensor, self.switch(*call))
@@ -180,14 +180,16 @@ class _Running(greenlet):
 
 
 def _gate(site: Site, linear: nn.Module, expert: Expert | None) -> Callable[[Tensor], Tensor]:
-    """Return what runs in place of a site's first linear: it waits, and then calls the linear as it is by then."""
+    """Return what runs in place of a site's first linear: it waits, and then calls the linear as it is by then.
+
+    It does not wait where only what later sites read is asked for.
+    """
     compute: Callable[[Tensor], Tensor] = linear.forward
 
     def forward(x: Tensor) -> Tensor:
         here = getcurrent()
-        if not isinstance(here, _Running) or site.order in here.passed or here.parent is None:
-            return compute(x)
-        here.passed.add(site.order)
+        if not isinstance(here, _Running) or site.order < here.wanted or here.parent is None:
+            return compute(x)  # a finished site's hooks have seen x already
         tokens = None if expert is None else expert.tokens
         here.parent.switch(Read(site.order, x, tokens))
         if expert is not None:

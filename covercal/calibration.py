@@ -70,6 +70,8 @@ def start_calibration(
     storage_dtype: Dtype,
     memory: Memory,
     longest: int | None = None,
+    samples: Sequence[int] | None = None,
+    one_by_one: bool = False,
 ) -> Calibration:
     """Return what enters the first block.
 
@@ -83,6 +85,10 @@ def start_calibration(
         Tokens of a sequence whose tokens weigh 1 when every sequence weighs the same; None: of the longest here.
     storage_dtype
         Embeddings are rounded to it on the quantised side, as the checkpoint will hold them.
+    samples
+        Number of the sample that each sequence is a prefix of; None: each is one, numbered in the order of batches.
+    one_by_one
+        A batch for each sequence, in their order, so that the prefixes of a sample follow each other.
     """
     limit = BATCH_TOKENS if decoder.device.type == "cpu" else GPU_BATCH_TOKENS
     longest = longest or max((len(sequence) for sequence in sequences), default=1)
@@ -92,14 +98,16 @@ def start_calibration(
     hidden, original = (HiddenStates(decoder.device, each, folder) for folder in folders)
     found: list[Batch] = []
     first = 0
-    together = [[sequences[m] for m in members] for members in batches(sequences, limit)]
+    order = [[m] for m in range(len(sequences))] if one_by_one else list(batches(sequences, limit))
+    together = [[sequences[m] for m in members] for members in order]
     with decoder.around():
         with rounded_outside_blocks(decoder, storage_dtype):
-            for some in together:
+            for members, some in zip(order, together, strict=True):
                 entering, arguments = block_inputs(decoder, token_tensor(some, decoder.device))
                 hidden.append(entering)
                 weight = longest / len(some[0]) if by_sequence else 1.0
-                found.append(Batch(len(found), first, (len(some), len(some[0])), weight, arguments))
+                numbers = range(first, first + len(some)) if samples is None else [samples[m] for m in members]
+                found.append(Batch(len(found), tuple(numbers), (len(some), len(some[0])), weight, arguments))
                 first += len(some)
         for some in together if compares else ():
             original.append(block_inputs(decoder, token_tensor(some, decoder.device))[0])
@@ -198,13 +206,13 @@ def add_input(sums: SiteSums, read: Read, batch: Batch, original: Tensor | None 
     sequences, length = batch.shape
     if read.tokens is None:
         x = read.x.reshape(sequences, length, -1)
-        sums.add(x, weight=batch.weight, first=batch.first, original=original)
+        sums.add(x, weight=batch.weight, samples=batch.samples, original=original)
         return
     owner = read.tokens // length
-    for sequence in range(sequences):
+    for sequence, sample in enumerate(batch.samples):
         mine = owner == sequence
         if mine.any():
-            sums.add(read.x[mine][None], weight=batch.weight, first=batch.first + sequence)
+            sums.add(read.x[mine][None], weight=batch.weight, samples=(sample,))
 
 
 def passes_fit(block: nn.Module, sites: Sequence[Site], running: Calibration, *, compares: bool) -> bool:

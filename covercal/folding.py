@@ -61,6 +61,23 @@ def apply_scale(block: nn.Module, site: Site, fold: Fold, scale: Tensor) -> None
             parameter.data = (parameter.data.double() / by_row).to(parameter.dtype)
 
 
+def undone_scale(block: nn.Module, fold: Fold, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the scale (channels,) that a norm undoes once its weight is rounded to a checkpoint's dtype.
+
+    In 16 bits that is another one than was asked for, most of all where a norm computes with 1 + weight: next to -1 no
+    weight is finer than 1/256 or 1/2048. A channel that would be lost, or overflow, is not scaled. A linear's rows undo
+    the scale on average, float32 undoes it to seven digits: there it stays as it is.
+    """
+    weight = next(block.get_submodule(fold.module).parameters(recurse=False))
+    if fold.kind == "rows" or weight.dtype == dtype == torch.float32:
+        return scale
+    added = 1.0 if fold.kind == "offset" else 0.0
+    before = weight.double() + added
+    after = (before / scale.double() - added).to(weight.dtype).to(dtype).double() + added
+    undone = before / after
+    return torch.where(torch.isfinite(undone) & (undone > 0), undone, 1.0).to(scale.dtype)
+
+
 def find_folds(
     block: nn.Module, sites: Sequence[Site], run: Callable[[nn.Module], Tensor], head_size: int
 ) -> dict[int, Fold]:

@@ -29,9 +29,12 @@ class Wanted:
     Attributes
     ----------
     validation
-        A second Gram matrix, of every fourth sequence.
+        A second Gram matrix, of every fourth sample.
     spread
-        How much the sequences' own Gram matrices differ (Ledoit-Wolf).
+        How much the samples' own Gram matrices differ (Ledoit-Wolf).
+    nested
+        Whether sequences that follow each other may be prefixes of one sample, whose Gram matrix is that of all of
+        them; it is held until the next sample comes.
     magnitude, peak
         Mean, and largest, |x| of each channel.
     drift
@@ -47,6 +50,7 @@ class Wanted:
     gram: bool = True
     validation: bool = False
     spread: bool = False
+    nested: bool = False
     magnitude: bool = False
     peak: bool = False
     drift: bool = False
@@ -186,10 +190,13 @@ class SiteSums:
         self._histogram = torch.zeros(bins, dtype=torch.int64, device=device) if wanted.histogram else None
         self._largest = 0.0
         self._weight = self._validation_weight = 0.0
-        self._square = self._weight_square = 0.0  # sums over sequences, for their spread
+        self._square = self._weight_square = 0.0  # sums over samples, for their spread
+        self._open: tuple[int, Tensor, float] | None = None  # a sample, its own Gram matrix and weight so far
         self.sequences = self.tokens = 0
 
-    def add(self, x: Tensor, *, weight: float = 1.0, original: Tensor | None = None, first: int = 0) -> None:
+    def add(
+        self, x: Tensor, *, weight: float = 1.0, original: Tensor | None = None, samples: Sequence[int] | None = None
+    ) -> None:
         """Add the inputs of some sequences: products in float32, sums in float64.
 
         Parameters
@@ -201,14 +208,15 @@ class SiteSums:
             inverse of the sequence's length, up to one factor for all, for MaCa (arXiv 2602.07465).
         original
             The original model's inputs at the same tokens.
-        first
-            Number of the first sequence among all calibration sequences; it decides which ones validate.
+        samples
+            Number of the sample that each sequence is, or is a prefix of; it decides which ones validate. None: they
+            are the first samples.
         """
         by_sequence = x.float()
         flat = by_sequence.reshape(-1, x.shape[-1])
         self._add_ends(flat, weight)
         if self._total is not None:
-            self._add_products(by_sequence, flat, weight, first)
+            self._add_products(by_sequence, flat, weight, range(len(x)) if samples is None else samples)
         if original is not None and self._wanted.drift:
             self._add_drift(original.float().reshape(flat.shape) - flat, flat, weight)
         self._weight += weight * flat.shape[0]
@@ -217,6 +225,7 @@ class SiteSums:
 
     def statistics(self) -> SiteStatistics:
         """Return the means of what was added; the sums become them, so that this is the end of adding."""
+        self._end_sample()
         whole = self._weight or 1.0
         total, validation = self._total, self._validation
         for sums in (total, self._drift_energy):
@@ -283,7 +292,7 @@ class SiteSums:
             return None
         return tuple((self._outputs_drift_energy / whole).tolist())
 
-    def _add_products(self, by_sequence: Tensor, flat: Tensor, weight: float, first: int) -> None:
+    def _add_products(self, by_sequence: Tensor, flat: Tensor, weight: float, samples: Sequence[int]) -> None:
         """Add x x^T, one sequence at a time where sequences have to be told apart."""
         total = self._total
         if total is None:
@@ -291,15 +300,34 @@ class SiteSums:
         if not self._wanted.validation and not self._wanted.spread:
             add_square(total, flat, weight)
             return
-        for number, x in enumerate(by_sequence, start=first):
+        for sample, x in zip(samples, by_sequence, strict=True):
             product = x.T @ x
             total.add_(product, alpha=weight)
             if self._wanted.spread and len(x):
-                self._square += weight * len(x) * off_diagonal_square(product.double() / len(x))
-                self._weight_square += (weight * len(x)) ** 2
-            if self._validation is not None and number % VALIDATION_EVERY == VALIDATION_EVERY - 1:
+                self._add_own(sample, product.double() / len(x), weight * len(x))
+            if self._validation is not None and sample % VALIDATION_EVERY == VALIDATION_EVERY - 1:
                 self._validation.add_(product, alpha=weight)
                 self._validation_weight += weight * len(x)
+
+    def _add_own(self, sample: int, own: Tensor, weight: float) -> None:
+        """Add a sequence's own Gram matrix to that of its sample."""
+        if self._open is not None and self._open[0] == sample:
+            _, before, earlier = self._open
+            own, weight = (before * earlier + own * weight) / (earlier + weight), earlier + weight
+        else:
+            self._end_sample()
+        self._open = sample, own, weight
+        if not self._wanted.nested:
+            self._end_sample()
+
+    def _end_sample(self) -> None:
+        """Let the sample that is whole by now count for the spread."""
+        if self._open is None:
+            return
+        _, own, weight = self._open
+        self._open = None
+        self._square += weight * off_diagonal_square(own)
+        self._weight_square += weight**2
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, weight: float) -> None:

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from covercal.block_pass import expert_of
 from covercal.calibration import Calibration
 from covercal.decoder import DTYPES, Decoder, Site, linear_of, run_block
-from covercal.folding import Fold, apply_scale, find_folds
+from covercal.folding import Fold, apply_scale, find_folds, undone_scale
 from covercal.gram import SiteStatistics
 from covercal.quantization_settings import Dtype, Quantization
 from covercal.quantizers.grid import GridSettings, dequantize, min_max_grid, quantize
@@ -80,7 +80,9 @@ def scale_block(
     for site in sites:  # after all searches: a fold changes rows of weights that another site still looks at
         scale = found[site.order].scale
         if scale is not None:
+            scale = undone_scale(block, folds[site.order], scale, DTYPES[storage_dtype])
             apply_scale(block, site, folds[site.order], scale)
+            found[site.order] = replace(found[site.order], scale=scale)
     return found
 
 

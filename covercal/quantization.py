@@ -287,8 +287,12 @@ class _Job:
 @torch.inference_mode()
 def _start(job: _Job, sequences: Sequence[Tokens], memory: Memory) -> Calibration:
     gram = job.settings.gram
+    samples: list[int] | None = None
     if gram.prefixes:
-        sequences = [sequence[:length] for sequence in sequences for length in gram.prefixes if length <= len(sequence)]
+        cut = [[sequence[:length] for length in gram.prefixes if length <= len(sequence)] for sequence in sequences]
+        used = [prefixes for prefixes in cut if prefixes]
+        sequences = [prefix for prefixes in used for prefix in prefixes]
+        samples = [sample for sample, prefixes in enumerate(used) for _ in prefixes]
     if not sequences:
         shortest = f" of at least {min(gram.prefixes)} tokens (quantization.gram.prefixes)" if gram.prefixes else ""
         raise QuantizationError(f"There is no calibration sample{shortest}.")
@@ -299,6 +303,8 @@ def _start(job: _Job, sequences: Sequence[Tokens], memory: Memory) -> Calibratio
         compares=job.compares,
         storage_dtype=job.storage_dtype,
         memory=memory,
+        samples=samples,
+        one_by_one=job.settings.reads_spread and len(gram.prefixes) > 1,
     )
 
 
@@ -446,6 +452,7 @@ def wanted_sums(settings: Quantization) -> Wanted:
         gram=settings.reads_inputs and settings.gram.source != "pool",
         validation=settings.validates,
         spread=settings.reads_spread,
+        nested=len(settings.gram.prefixes) > 1,
         magnitude=settings.damping.weights == "saliency",
         drift=settings.target.kind != "weights",
         drift_energy=settings.target.kind == "coreq" and settings.target.alpha == "closed_form",
@@ -454,9 +461,10 @@ def wanted_sums(settings: Quantization) -> Wanted:
 
 
 def blended(found: SiteStatistics, known: SiteStatistics, share: float) -> SiteStatistics:
-    """Return the statistics of calibration inputs with a share of each matrix taken from the pool's.
+    """Return the statistics of calibration inputs with a share of each mean taken from the pool's, and larger peaks.
 
-    The pool's part has no drift: its inputs are the original model's.
+    The pool's part has no drift: its inputs are the original model's. How sequences differ, and how often an input is
+    how large, is the calibration inputs' alone.
     """
     rest = 1.0 - share
 
@@ -466,11 +474,16 @@ def blended(found: SiteStatistics, known: SiteStatistics, share: float) -> SiteS
     def part(own: Tensor | None) -> Tensor | None:
         return None if own is None else rest * own
 
+    def larger(own: Tensor | None, pool: Tensor | None) -> Tensor | None:
+        return own if own is None or pool is None else torch.maximum(own, pool.to(own.dtype))
+
     return replace(
         found,
         gram=mix(found.gram, known.gram),
         training=mix(found.training, known.training),
         validation=mix(found.validation, known.validation),
+        magnitude=mix(found.magnitude, known.magnitude),
+        peak=larger(found.peak, known.peak),
         drift=part(found.drift),
         drift_energy=part(found.drift_energy),
         outputs_drift=found.outputs_drift and tuple(rest * each for each in found.outputs_drift),

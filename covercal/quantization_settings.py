@@ -64,16 +64,17 @@ class GramSource(Choice):
     source: Literal["calibration", "pool", "blend"] = Field(
         "calibration",
         description="calibration: the chosen samples, behind the quantised prefix; pool: the whole pool, at full "
-        "precision, cached; blend: a mean of both",
+        "precision, cached; blend: a mean of both (with the larger of both peaks)",
     )
     pool_share: float = Field(0.5, gt=0, lt=1, description="weight of the pool in a blend")
     weight: Literal["token", "sequence"] = Field(
         "token", description="every token counts the same, or every sequence, whatever its length (MaCa)"
     )
     prefixes: tuple[int, ...] = Field(
-        (), description="calibrate on these prefixes of every chosen sample (nested lengths); empty: on whole samples"
+        (),
+        description="calibrate on these prefixes of every chosen sample (nested lengths); empty: on whole samples. "
+        "Those of one sample are held out together, and count together for how much samples differ",
     )
-
     expert_tokens: int = Field(
         32, ge=1, description="an expert that fewer calibration tokens reach is rounded to nearest, and reported"
     )
@@ -95,7 +96,11 @@ class Shrinkage(Choice):
         description="share of the matrix that is replaced; ledoit_wolf: by how much its sequences differ; "
         "validated: what rounds held-out sequences best, for each site",
     )
-    towards: Literal["own", "pool"] = Field("own", description="its own diagonal, or the pool's")
+    towards: Literal["own", "pool"] = Field(
+        "own",
+        description="its own diagonal, or the pool's, from the cached statistics: without the first "
+        "statistics.skip_tokens tokens of every sample, which the matrix itself includes",
+    )
 
 
 class Damping(Choice):
@@ -166,7 +171,9 @@ class Activations(Choice):
     ranges: Literal["min_max", "percentile", "mse"] = Field("min_max", description="of a static scale")
     percentile: float = Field(99.99, gt=50, le=100)
     source: Literal["calibration", "statistics"] = Field(
-        "calibration", description="static scales from the chosen samples' inputs, or from the cached statistics"
+        "calibration",
+        description="static scales from the chosen samples' inputs, or from the cached statistics: without the first "
+        "statistics.skip_tokens tokens of every sample, which are quantised all the same",
     )
 
 
@@ -314,7 +321,7 @@ class Quantization(Section):
         return {
             "activation_order": self.rounds,
             "scaling": self.scaling.search != "none",
-            "gram": self.reads_inputs,
+            "gram": self.reads_inputs or (self.static_from_calibration and bool(self.gram.prefixes)),
             "shrinkage": self.rounds,
             "damping": self.rounds,
             "target": self.target.kind != "weights",
@@ -328,7 +335,10 @@ class Quantization(Section):
             "scaling.regularization": scaling.search in ("awq", "duo"),
             "scaling.strength": scaling.search in ("awq", "duo") and scaling.regularization != "none",
             "scaling.power": scaling.search == "smooth",
-            "gram.pool_share": self.gram.source == "blend",
+            "gram.source": self.reads_inputs,
+            "gram.pool_share": self.reads_inputs and self.gram.source == "blend",
+            "gram.weight": self.reads_inputs,
+            "gram.expert_tokens": self.reads_inputs,
             "shrinkage.towards": self.shrinkage.strength != 0,
             "damping.gamma": self.damping.weights == "saliency",
             "rounding.width": self.rounding.kind == "beam",
@@ -378,6 +388,12 @@ def conflicts(settings: Quantization) -> list[str]:
         found.append("shrinkage: ledoit_wolf is not known for scaled inputs of the pool; give a number, or no scaling")
     if gram.prefixes and gram.source == "pool":
         found.append("gram.prefixes are of the chosen samples; `gram: pool` calibrates on none")
-    if activations.kind != "none" and settings.salient.share > 0:
+    salient, group_size = settings.salient, settings.group_size
+    if salient.share and salient.scope == "group" and group_size and not round(salient.share * group_size):
+        found.append(
+            f"salient.share {salient.share:g} marks no weight in a group of {group_size}: give at least "
+            f"{1 / group_size:.3g}, or another salient.scope"
+        )
+    if activations.kind != "none" and salient.share > 0:
         found.append("no format holds quantised activations beside salient weights")
     return found

@@ -40,7 +40,6 @@ LINEARS = "linears.parquet"
 REPORTS = "reports.json"
 LEAVING = "leaving"
 HIDDEN = "hidden"
-SCALE_BITS = 16
 MAYBE_MISSING = ("output_error", "shrinkage", "gamma", "alpha", "scaling")
 
 
@@ -194,16 +193,20 @@ def average_bits(quantization: Quantization, shapes: dict[str, tuple[int, int]])
     """Return the bits of a quantised weight on average, with scales and zero points, as its method would store it."""
     from covercal.quantizers import salient
 
-    salient_share = quantization.salient.share
-    zero = 0 if quantization.symmetric else quantization.bits
-    group_bits = SCALE_BITS + zero + (2 * SCALE_BITS if salient_share else 0)
+    share, salient_bits = quantization.salient.share, quantization.salient.bits
+    number = 32 if quantization.storage_dtype == "float32" else 16  # a scale, or a weight that is kept as it is
+    group_bits = number + (0 if quantization.symmetric else quantization.bits)
+    if salient_bits == salient.KEPT_BITS:
+        salient_bits = number
+    elif share:
+        group_bits += 2 * number  # the step and the smallest value of the salient weights' own grid
     bits = weights = 0.0
     for outputs, inputs in shapes.values():
         each = salient.average_bits(
             quantization.bits,
             quantization.group_size or inputs,
-            share=salient_share,
-            salient_bits=quantization.salient.bits,
+            share=share,
+            salient_bits=salient_bits,
             group_bits=group_bits,
         )
         bits, weights = bits + each * outputs * inputs, weights + outputs * inputs

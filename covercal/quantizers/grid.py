@@ -9,6 +9,8 @@ from torch import Tensor
 from covercal.errors import QuantizationError
 from covercal.quantizers.factor import is_finite
 
+SMALLEST_SCALES = {torch.float16: 2.0**-24}  # below its normal numbers; those of the other dtypes are small enough
+
 
 @dataclass(frozen=True, slots=True)
 class GridSettings:
@@ -200,7 +202,7 @@ def representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
         When a scale overflows.
     """
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    rounded = scale.to(dtype).to(scale.dtype).clamp(min=torch.finfo(dtype).tiny)
+    rounded = scale.to(dtype).to(scale.dtype).clamp(min=SMALLEST_SCALES.get(dtype, torch.finfo(dtype).tiny))
     if torch.isinf(rounded).any():
         raise QuantizationError(f"a scale overflows {dtype}; use quantization.storage_dtype: bfloat16")
     return rounded

@@ -38,7 +38,7 @@ from covercal.quantizers.regularization import (
     damping_weights,
     regularized,
 )
-from covercal.quantizers.salient import salient_grid, salient_mask
+from covercal.quantizers.salient import SalientGrid, salient_grid, salient_mask
 from covercal.quantizers.sequential import round_sequentially
 from covercal.quantizers.targets import carried_drift, corrected_target, reachable, reachable_share
 
@@ -93,10 +93,11 @@ def solve_site(
     """
     grid_settings = GridSettings(settings.bits, settings.group_size, settings.symmetric, scale_dtype)
     check_inputs(weights, statistics, settings)
-    found = _regularization(weights, statistics, settings, grid_settings) if settings.rounds else None
+    masks = [_mask(weight, settings) for weight in weights]
+    found = _regularization(weights, masks, statistics, settings, grid_settings) if settings.rounds else None
     solver = _solver(weights, statistics, settings, found) if found is not None else None
     job = _Job(statistics, settings, grid_settings, solver)
-    joined = tuple(weight.joined(statistics.gram) for weight in _solve_pieces(weights, job))
+    joined = tuple(weight.joined(statistics.gram) for weight in _solve_pieces(weights, masks, job))
     if solver is None:
         return SolvedSite(joined)
     factor = solver.factor
@@ -210,7 +211,11 @@ def _factor(
 
 
 def _regularization(
-    weights: Sequence[Tensor], statistics: SiteStatistics, settings: Quantization, grid_settings: GridSettings
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    statistics: SiteStatistics,
+    settings: Quantization,
+    grid_settings: GridSettings,
 ) -> Regularization:
     """Return the regularisation that the settings fix, estimate, or find best on held-out sequences."""
     candidates = list(regularizations(settings, statistics))
@@ -219,9 +224,10 @@ def _regularization(
     training, held_out = statistics.training, statistics.validation
     if training is None or held_out is None:
         return candidates[0]  # told in the site's note
-    rows = _some_rows(weights)
-    rows = rows.to(training.dtype)
-    levels = Levels.of(_grid(rows, statistics, settings, grid_settings), rows.shape[1])
+    rows = _some_rows(weights).to(training.dtype)
+    salient = [mask for mask in masks if mask is not None]
+    grid, apart = _grids(rows, _some_rows(salient) if salient else None, statistics, settings, grid_settings)
+    levels = Levels.of(grid, rows.shape[1], apart)
     turned = rows.T.contiguous()
     losses = []
     for candidate in candidates:
@@ -259,7 +265,7 @@ def regularizations(settings: Quantization, statistics: SiteStatistics) -> Itera
 
 
 def _some_rows(weights: Sequence[Tensor]) -> Tensor:
-    """Return evenly spaced rows of all weights together, float64."""
+    """Return evenly spaced rows of all weights (or masks) together."""
     total = sum(len(weight) for weight in weights)
     wanted = torch.linspace(0, total - 1, min(VALIDATED_ROWS, total)).round().long()
     return torch.cat(list(weights))[wanted.to(weights[0].device)]
@@ -282,15 +288,28 @@ def _target(weight: Tensor, index: int, rows: slice, alpha: float, job: _Job) ->
     return corrected_target(weight, _outputs_drift(weight, index, rows, job), job.solver.factor, alpha)
 
 
+def _aim(target: Tensor, job: _Job) -> Tensor:
+    """Return what polishing and fitted scales go towards, (rows, columns): the target, and with GPTAQ that of CoreQ.
+
+    GPTAQ rounds the weights themselves, and corrects as it goes so that Q X_q comes near W (X_q + alpha dX). CoreQ's
+    target is where that distance is least; towards the weights, the correction would be undone.
+    """
+    rounding, kind, alpha = job.settings.rounding, job.settings.target.kind, job.settings.target.alpha
+    refines = rounding.polish > 0 or job.settings.ranges.refit > 0
+    if job.solver is None or kind != "gptaq" or not isinstance(alpha, float) or not refines:
+        return target
+    drift = _needed(job.statistics.drift, "the drift")
+    return corrected_target(target, target @ drift, job.solver.factor, alpha)
+
+
 def _outputs_drift(weight: Tensor, index: int, rows: slice, job: _Job) -> Tensor:
     """Return W D of rows `rows` of linear `index`, whose weights are `weight`."""
     known = job.statistics.outputs_drift
     return weight @ _needed(job.statistics.drift, "the drift") if known is None else known[index][rows]
 
 
-def _solve_pieces(weights: Sequence[Tensor], job: _Job) -> list[Pieces]:
+def _solve_pieces(weights: Sequence[Tensor], masks: Sequence[Tensor | None], job: _Job) -> list[Pieces]:
     """Round some rows after others."""
-    masks = [_mask(weight, job.settings) for weight in weights]
     found = [Pieces(_alpha(weight, index, job)) for index, weight in enumerate(weights)]
     width = job.settings.rounding.width if job.settings.rounding.kind == "beam" else 1
     for pieces in row_pieces([len(weight) for weight in weights], weights[0].shape[1], width):
@@ -316,17 +335,20 @@ def _solve_rows(target: Tensor, mask: Tensor | None, job: _Job) -> tuple[Solved,
 
     Where scales are fitted, all is rounded again before every fit but the first, and polished before the last.
     """
-    plain = target if mask is None else torch.where(mask, 0.0, target)
-    grid = _grid(plain, job.statistics, job.settings, job.grid)
-    apart = salient_grid(target, mask, job.settings.salient.bits, job.grid) if mask is not None else None
+    aim = _aim(target, job)
+    grid, apart = _grids(target, mask, job.statistics, job.settings, job.grid)
     turned = target.T.contiguous()
+    turned_aim = turned if aim is target else aim.T.contiguous()
     fits = job.settings.ranges.refit if job.solver is not None else 0
     for left in reversed(range(max(fits, 1))):
         levels = Levels.of(grid, target.shape[1], apart)
-        rounded = _rounded(turned, levels, job.solver, job.settings, last=not left).T.contiguous()
+        rounded = _rounded(turned, levels, job.solver, job.settings)
+        if not left:
+            rounded = _polished(turned_aim, rounded, levels, job.solver, job.settings)
+        rounded = rounded.T.contiguous()
         codes = grid.codes(rounded)
         if fits:
-            grid = _refitted(target, rounded, codes, mask, grid, job.solver)
+            grid = _refitted(aim, rounded, codes, mask, grid, job.solver)
     if fits:
         values = grid.values(codes)
         rounded = values if mask is None else torch.where(mask, rounded, values)
@@ -350,19 +372,35 @@ def _refitted(
     return refitted(torch.where(mask, target - rounded, target), steps.masked_fill(mask, 0.0), grid, metric)
 
 
-def _rounded(turned: Tensor, levels: Levels, solver: _Solver | None, settings: Quantization, *, last: bool) -> Tensor:
+def _rounded(turned: Tensor, levels: Levels, solver: _Solver | None, settings: Quantization) -> Tensor:
     rounding = settings.rounding
     if solver is None:
         return levels.all_nearest(turned)
     if rounding.kind == "beam":
-        rounded = round_by_beam(turned, solver.factor, levels, rounding.width)
-    elif rounding.kind == "sequential":
-        rounded = round_sequentially(turned, solver.factor, levels, solver.drift, solver.scratch)
-    else:
-        rounded = levels.all_nearest(turned)
-    if not rounding.polish or not last:
+        return round_by_beam(turned, solver.factor, levels, rounding.width)
+    if rounding.kind == "sequential":
+        return round_sequentially(turned, solver.factor, levels, solver.drift, solver.scratch)
+    return levels.all_nearest(turned)
+
+
+def _polished(
+    turned: Tensor, rounded: Tensor, levels: Levels, solver: _Solver | None, settings: Quantization
+) -> Tensor:
+    passes = settings.rounding.polish
+    if solver is None or not passes:
         return rounded
-    return polish(turned, rounded, solver.metric, levels, solver.factor.order, rounding.polish)
+    return polish(turned, rounded, solver.metric, levels, solver.factor.order, passes)
+
+
+def _grids(
+    weight: Tensor, mask: Tensor | None, statistics: SiteStatistics, settings: Quantization, grid_settings: GridSettings
+) -> tuple[Grid, SalientGrid | None]:
+    """Return the grid of weights (rows, columns) less the salient ones, and that of those."""
+    if mask is None:
+        return _grid(weight, statistics, settings, grid_settings), None
+    plain = torch.where(mask, 0.0, weight)
+    apart = salient_grid(weight, mask, settings.salient.bits, grid_settings)
+    return _grid(plain, statistics, settings, grid_settings), apart
 
 
 def _grid(weight: Tensor, statistics: SiteStatistics, settings: Quantization, grid_settings: GridSettings) -> Grid:

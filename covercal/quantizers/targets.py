@@ -6,6 +6,7 @@ E = dX dX^T (rows of X are channels):
 * CoreQ (arXiv 2602.05902) rounds W' = W + alpha W D H^-1 instead of W. No Q can do better on W X_f than on this target,
   and alpha = 1 undoes all of the mismatch that a linear layer can undo.
 * GPTAQ (arXiv 2504.02692) corrects within the rounding: each column's own mismatch is passed on to later columns only.
+  What is polished or fitted afterwards goes towards CoreQ's target, for the weights do not know of the correction.
 """
 
 import torch

@@ -128,6 +128,27 @@ def test_a_hook_that_is_added_while_a_site_waits_is_heard(keep: bool) -> None:
 
 
 @both_ways
+@some_models
+def test_the_hooks_of_a_finished_site_are_heard_once(architecture: str, keep: bool) -> None:
+    """As the rounding of its inputs, which a second time would not leave them as they are."""
+    decoder = make_decoder(tiny_model(architecture))
+    running, block, sites = calibration(decoder), decoder.own_block(0), decoder.block_sites(0)
+    plain = copy.deepcopy(block)
+    with BlockPass(block, sites, running.hidden, running.batches, keep=keep) as passing:
+        for site in sites:
+            expected = read_anew(plain, site, running)
+            found = [read.x for _, read in passing.inputs(site)]
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            for each in (block, plain):
+                for name in site.linears:
+                    linear_of(each, name).register_forward_pre_hook(lambda _, inputs: (inputs[0] * 0.75,))
+        entering = list(running.hidden)
+        leaving = list(passing.finish())
+    for hidden, batch, left in zip(entering, running.batches, leaving, strict=True):
+        assert torch.equal(left, run_block(plain, hidden, batch.arguments[0]))
+
+
+@both_ways
 def test_an_error_leaves_the_block_as_it_was(keep: bool) -> None:
     decoder = make_decoder(tiny_model())
     running, block, sites = calibration(decoder), decoder.own_block(0), decoder.block_sites(0)

@@ -101,6 +101,24 @@ def test_transformers_computes_the_logits_of_the_quantised_model(
     assert_loads_bit_for_bit(tmp_path, decoder, rtn(bits, group_size, symmetric), storage)
 
 
+@pytest.mark.parametrize("activations", ["none", "dynamic"])
+def test_scales_below_the_smallest_normal_number_of_float16_are_read_back(activations: str, tmp_path: Path) -> None:
+    model = tiny_model()
+    for name, parameter in model.named_parameters():
+        parameter.data *= 1e-3 if name.endswith("proj.weight") else 1.0
+    settings = Quantization(method="rtn", bits=8, group_size=16, activations=activations)
+    blocks = write(tmp_path, make_decoder(model), settings, "float16")
+    loaded, kept = load(tmp_path), tensors_of(tmp_path)
+    for linear in (linear for block in blocks for linear in block.linears):
+        weight, scale = model.get_submodule(linear.name).weight, kept[f"{linear.name}.weight_scale"]
+        read = dequantized(linear, torch.float32)
+        assert 0 < float(scale.min()) <= float(scale.max()) < torch.finfo(torch.float16).tiny
+        assert torch.equal(scale, linear.scale)
+        assert (read - weight).norm() < 0.02 * weight.norm()
+        if activations == "none":  # else it is unpacked as it is used
+            assert torch.equal(loaded.get_submodule(linear.name).weight, read)
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_transformers_computes_the_logits_of_the_quantised_model_at_every_number_of_bits(
     bits: int, tmp_path: Path

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from covercal import gram
 from covercal.gram import BINS_PER_OCTAVE, SiteStatistics, SiteSums, Wanted, bin_values
+from covercal.quantizers.regularization import ledoit_wolf_share
 
 CPU = torch.device("cpu")
 EVERYTHING = Wanted(
@@ -24,7 +25,7 @@ def summed(parts: list[Tensor], wanted: Wanted = Wanted(), weights: list[float] 
     sums = SiteSums(parts[0].shape[-1], CPU, wanted)
     first = 0
     for part, weight in zip(parts, weights or [1.0] * len(parts), strict=True):
-        sums.add(part, weight=weight, first=first)
+        sums.add(part, weight=weight, samples=range(first, first + len(part)))
         first += len(part)
     return sums.statistics()
 
@@ -146,6 +147,45 @@ def test_the_spread_is_the_mean_square_off_the_diagonal_of_the_sequences_own_mat
     found = summed(parts, Wanted(spread=True), list(weights))
     assert found.mean_square == pytest.approx(np.average(squares, weights=weighing), rel=1e-5)
     assert found.concentration == pytest.approx(np.square(weighing / weighing.sum()).sum(), rel=1e-12)
+
+
+def in_prefixes(x: Tensor, lengths: tuple[int, ...], wanted: Wanted, weights: list[float]) -> SiteStatistics:
+    """Return the statistics of all prefixes of samples (samples, tokens, channels), a sample's after each other."""
+    sums = SiteSums(x.shape[-1], CPU, wanted)
+    for sample, tokens in enumerate(x):
+        for length, weight in zip(lengths, weights, strict=True):
+            sums.add(tokens[None, :length], weight=weight, samples=[sample])
+    return sums.statistics()
+
+
+def test_the_prefixes_of_every_fourth_sample_validate_and_those_of_the_others_train() -> None:
+    x, lengths = inputs(0, 9, 12, 5), (4, 7, 12)
+    found = in_prefixes(x, lengths, Wanted(validation=True), [1.0] * 3)
+    held_out, rest = x[[3, 7]], x[[0, 1, 2, 4, 5, 6, 8]]
+    close(found.validation, sum(products(held_out[:, :length]) for length in lengths) / (2 * sum(lengths)))
+    close(found.training, sum(products(rest[:, :length]) for length in lengths) / (7 * sum(lengths)))
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [4.0, 1.6, 1.0]])
+def test_the_spread_of_prefixes_is_that_of_samples_that_hold_the_tokens_of_all_of_theirs(weights: list[float]) -> None:
+    x, lengths = inputs(0, 6, 40, 5) @ (inputs(1, 1, 5, 5) + 0.3 * inputs(2, 6, 5, 5)), (10, 25, 40)
+    scales = [weight**0.5 for weight in weights]
+    own = [sum(products(scale * s[:n]) for scale, n in zip(scales, lengths, strict=True)) for s in x]
+    weight = sum(w * n for w, n in zip(weights, lengths, strict=True))
+    squares = [float((matrix - torch.diag(matrix.diagonal())).square().sum()) / weight**2 for matrix in own]
+    found = in_prefixes(x, lengths, Wanted(spread=True, nested=True), weights)
+    assert found.mean_square == pytest.approx(np.mean(squares), rel=1e-5)
+    assert found.concentration == pytest.approx(1 / 6, rel=1e-12)
+    assert found.gram is not None
+    expected = ledoit_wolf_share(found.gram, float(np.mean(squares)), 1 / 6)
+    assert found.ledoit_wolf == pytest.approx(expected, rel=1e-4)
+    assert 0 < found.ledoit_wolf < 1
+
+
+def test_samples_of_one_prefix_each_have_the_spread_of_sequences() -> None:
+    x = inputs(0, 6, 12, 5)
+    found, plain = in_prefixes(x, (12,), Wanted(spread=True, nested=True), [1.0]), summed([x], Wanted(spread=True))
+    assert (found.mean_square, found.concentration) == (plain.mean_square, plain.concentration)
 
 
 def test_a_spread_that_was_not_asked_for_is_not_a_number() -> None:

@@ -193,6 +193,21 @@ def test_weights_too_small_for_the_dtype_keep_a_positive_scale(dtype: torch.dtyp
     assert (min_max_grid(normal(2, 8) * 1e-42, asymmetric(4, 4, dtype)).scale > 0).all()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_that_float16_holds_below_its_smallest_normal_number_are_kept(bits: int) -> None:
+    weight = normal(40, 16) * 1e-4
+    wanted = min_max_grid(weight, asymmetric(bits, 16, torch.float64)).scale
+    found = min_max_grid(weight, asymmetric(bits, 16, torch.float16)).scale
+    assert float(wanted.max()) < torch.finfo(torch.float16).tiny
+    assert torch.equal(found, wanted.half().double())
+    assert float((found - wanted).abs().max()) <= 2.0**-25
+
+
+def test_a_scale_that_float16_would_round_to_zero_is_the_smallest_that_it_holds() -> None:
+    grid = min_max_grid(normal(3, 8) * 1e-9, asymmetric(4, 8, torch.float16))
+    assert set(grid.scale.flatten().tolist()) == {2.0**-24}
+
+
 def test_without_a_group_size_one_scale_serves_a_row() -> None:
     weight = normal(5, 24)
     row, group = min_max_grid(weight, asymmetric(4)), min_max_grid(weight, asymmetric(4, 24))

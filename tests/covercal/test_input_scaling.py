@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from covercal.calibration import IN_MEMORY, Calibration, block_sums, start_calibration
-from covercal.decoder import Decoder, Site, block_inputs, linear_of, make_decoder, run_block, token_tensor
-from covercal.folding import Fold, apply_scale, find_folds
+from covercal.calibration import IN_MEMORY, Calibration, block_sums, round_parameters, start_calibration
+from covercal.decoder import DTYPES, Decoder, Site, block_inputs, linear_of, make_decoder, run_block, token_tensor
+from covercal.folding import Fold, apply_scale, find_folds, undone_scale
 from covercal.gram import SiteStatistics, Wanted
 from covercal.input_scaling import (
     NOT_FOLDED,
@@ -26,7 +26,7 @@ from covercal.input_scaling import (
     scale_block,
 )
 from covercal.quantization import quantize_blocks
-from covercal.quantization_settings import Quantization
+from covercal.quantization_settings import Dtype, Quantization
 from covercal.quantizers.grid import GridSettings
 from tests.tiny import EXPERTS, WIDTH, random_tokens, tiny_model
 
@@ -306,6 +306,69 @@ def test_a_norm_that_adds_one_to_its_weight_takes_up_the_inverse_of_the_sum() ->
         apply_scale(block, Site(0, 0, ("linear",), 3), Fold("norm", "offset", torch.arange(3)), scale)
     assert block.norm.weight.tolist() == [-0.5, -0.5, 0.0]
     assert torch.equal(block.linear.weight, before * scale)
+
+
+def norms_as_used(decoder: Decoder, block: nn.Module) -> dict[int, Tensor]:
+    """Return what each norm of a block that takes up a scale multiplies its channels by, by the site's order."""
+    folds = {order: fold for order, fold in folds_of(decoder, decoder.own_block(0)).items() if fold.kind != "rows"}
+    added = {order: 1.0 if fold.kind == "offset" else 0.0 for order, fold in folds.items()}
+    return {o: block.get_submodule(fold.module).weight.detach().double() + added[o] for o, fold in folds.items()}
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "gemma3_text", "opt"])
+def test_weights_are_multiplied_by_what_their_norm_undoes_as_a_checkpoint_keeps_it(
+    architecture: str, storage: Dtype
+) -> None:
+    model = tiny_model(architecture)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    decoder = make_decoder(model)
+    block, plain, sites = decoder.own_block(0), decoder.own_block(0), decoder.block_sites(0)
+    for each in (block, plain):
+        round_parameters(each, storage)
+    found = scale_block(decoder, block, sites, forced(sites, 0), by_peaks(), storage, None)
+    round_parameters(block, storage)
+    before, after = norms_as_used(decoder, plain), norms_as_used(decoder, block)
+    assert len(after) == 2
+    for order, norm in after.items():
+        scale = found[order].scale
+        assert scale is not None
+        torch.testing.assert_close(norm * scale, before[order], rtol=1e-6, atol=0.0)
+    queries, scaled = (linear_of(each, "self_attn.q_proj").weight for each in (plain, block))
+    assert found[0].scale is not None
+    assert torch.equal(scaled, (queries.double() * found[0].scale).float().to(DTYPES[storage]).float())
+
+
+def with_norm(weight: list[float], dtype: torch.dtype = torch.float32) -> nn.Module:
+    block = nn.Module()
+    block.norm = nn.Module()
+    block.norm.weight = nn.Parameter(torch.tensor(weight, dtype=dtype))
+    return block
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)])
+def test_a_channel_that_its_norm_would_lose_is_not_scaled(dtype: torch.dtype, step: float) -> None:
+    """1 + weight divided by its scale is less than half of the last place of weights near -1, or more, or 0 itself."""
+    block, scale = with_norm([step - 1.0, step - 1.0, -1.0]), torch.tensor([4.0, 1.25, 3.0]).double()
+    found = undone_scale(block, Fold("norm", "offset", torch.arange(3)), scale, dtype)
+    assert found.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_channel_that_would_overflow_in_its_norm_is_not_scaled() -> None:
+    fold, scale = Fold("norm", "weight", torch.arange(2)), torch.tensor([2.0**-8, 2.0**-6]).double()
+    assert undone_scale(with_norm([512.0, 512.0]), fold, scale, torch.float16).tolist() == [1.0, 2.0**-6]
+
+
+@pytest.mark.parametrize("kind", ["weight", "offset"])
+def test_norms_in_float32_undo_the_very_scale_that_was_asked_for(kind: str) -> None:
+    scale = torch.tensor([1.7, 0.3, 11.0]).double()
+    fold = Fold("norm", kind, torch.arange(3))
+    assert torch.equal(undone_scale(with_norm([0.3, -0.2, 0.7]), fold, scale, torch.float32), scale)
+    narrow = with_norm([0.3, -0.2, 0.7], torch.bfloat16)
+    assert not torch.equal(undone_scale(narrow, fold, scale, torch.float32), scale)
 
 
 def test_an_experts_inputs_are_not_scaled_but_what_its_down_projection_reads_is() -> None:

@@ -152,6 +152,17 @@ def test_outputs_that_are_kept_change_no_bit(architecture: str, monkeypatch: pyt
         assert comparable([one]) == comparable([other])
 
 
+@pytest.mark.parametrize("method", ["gptq", "covercal"])
+def test_outputs_that_are_kept_change_no_bit_where_inputs_are_rounded(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Quantization(method=method, bits=8, group_size=16, activations="dynamic")
+    samples = random_tokens(16, 40, 1)
+    kept = quantized(tiny_model(), settings, samples=samples)
+    monkeypatch.setattr("covercal.calibration.KEPT_SHARE", 0.0)
+    assert comparable(kept) == comparable(quantized(tiny_model(), settings, samples=samples))
+
+
 @pytest.mark.parametrize(("share", "computed", "last"), [(0.25, 7, 6), (0.0, 3 + 4 + 6 + 7, 3 + 4 + 6)])
 def test_a_linear_is_computed_once_a_batch_when_memory_allows(
     share: float, computed: int, last: int, monkeypatch: pytest.MonkeyPatch

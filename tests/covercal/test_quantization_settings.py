@@ -289,6 +289,14 @@ CONFLICTS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "gram.prefixes are of the chosen samples; `gram: pool` calibrates on none",
         {"gram": {"source": "pool", "prefixes": []}},
     ),
+    *(
+        (
+            {"group_size": 64, "salient": {"share": 0.005, "scope": "group"}},
+            "salient.share 0.005 marks no weight in a group of 64: give at least 0.0156, or another salient.scope",
+            {"salient": instead},
+        )
+        for instead in ({"share": 0.0156, "scope": "group"}, {"share": 0.005, "scope": "row"}, {"share": 0.005})
+    ),
     (
         {"method": "precal", "activations": "dynamic"},
         "no format holds quantised activations beside salient weights",
@@ -321,6 +329,8 @@ def test_what_the_reason_proposes_is_accepted(fields: dict[str, Any], _: Any, in
         {"target": "coreq", "rounding": "nearest"},
         {"shrinkage": "ledoit_wolf", "scaling": "awq"},
         {"method": "cached", "shrinkage": "ledoit_wolf"},
+        {"group_size": 64, "salient": {"share": 0.0, "scope": "group"}},
+        {"group_size": None, "salient": {"share": 0.005, "scope": "group"}},
     ],
 )
 def test_choices_that_only_look_like_those_are_accepted(fields: dict[str, Any]) -> None:
@@ -352,6 +362,14 @@ NOT_READ: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"method": "rtn"}, "shrinkage", {"strength": 0.5}),
     ({"method": "rtn"}, "gram", {"weight": "sequence"}),
     ({"method": "rtn"}, "", {"activation_order": False}),
+    ({"method": "rtn"}, "gram", {"prefixes": [8]}),
+    ({"method": "rtn", "activations": "dynamic"}, "gram", {"prefixes": [8]}),
+    *(
+        ({"method": "w8a8_static", "gram": {"prefixes": prefixes}}, "gram", fields)
+        for prefixes in ([], [8])
+        for fields in ({"weight": "sequence"}, {"expert_tokens": 8}, {"source": "blend"}, {"pool_share": 0.2})
+    ),
+    ({"method": "w8a8_static", "activations": {"source": "statistics"}}, "gram", {"prefixes": [8]}),
     ({"method": "awq"}, "damping", {"strength": 0.5}),
     ({"method": "awq"}, "shrinkage", {"strength": 0.5}),
     ({"method": "awq"}, "", {"activation_order": False}),
@@ -404,6 +422,8 @@ READ: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({}, "gram", {"weight": "sequence"}),
     ({}, "gram", {"prefixes": [8]}),
     ({}, "gram", {"expert_tokens": 8}),
+    ({"method": "w8a8_static"}, "gram", {"prefixes": [8]}),
+    ({"method": "w8a8_static", "gram": {"prefixes": [8]}}, "gram", {"prefixes": [4, 8]}),
     ({"gram": "blend"}, "gram", {"pool_share": 0.2}),
     ({"method": "rtn", "ranges": "output"}, "gram", {"weight": "sequence"}),
     ({}, "shrinkage", {"strength": 0.2}),
@@ -436,6 +456,10 @@ READ: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"shrinkage": "ledoit_wolf"}, "shrinkage", {"towards": "pool"}),
     ({"damping": {"weights": "saliency"}}, "damping", {"gamma": 0.5}),
 ]
+
+
+def test_whole_samples_are_not_named_in_the_key_of_static_ranges() -> None:
+    assert "gram" not in settings(method="w8a8_static").key_material()
 
 
 @pytest.mark.parametrize(("base", "section", "fields"), READ)

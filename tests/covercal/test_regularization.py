@@ -256,7 +256,7 @@ def measured(sequences: list[Floats], *, by_sequence: bool) -> SiteStatistics:
     sums = SiteSums(sequences[0].shape[1], torch.device("cpu"), Wanted(spread=True))
     for number, x in enumerate(sequences):
         weight = 120 / len(x) if by_sequence else 1.0
-        sums.add(torch.from_numpy(x)[None].float(), weight=weight, first=number)
+        sums.add(torch.from_numpy(x)[None].float(), weight=weight, samples=[number])
     return sums.statistics()
 
 

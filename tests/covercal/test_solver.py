@@ -337,6 +337,30 @@ def test_evenly_spaced_rows_validate_when_there_are_many(monkeypatch: pytest.Mon
     assert solve_site(both, known, preset, DTYPE).regularization == candidates[int(np.argmin(losses))]
 
 
+def with_outliers(seed: int, *rows: int) -> list[Tensor]:
+    """Return weights of which three a row are twelve times as large as the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    found = weights(seed, *rows)
+    for weight in found:
+        places = torch.rand(weight.shape, generator=generator).topk(3, dim=1).indices
+        weight.scatter_(1, places, weight.gather(1, places) * 12)
+    return found
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_regularisation_is_judged_by_the_rounding_that_it_is_for_salient_weights_apart(seed: int, bits: int) -> None:
+    both, known = with_outliers(seed, 7, 12), measured(seed, tokens=12)
+    salient = {"share": 0.0625, "bits": bits}
+    losses = []
+    for share in SHRINKAGES:
+        preset, trained = chosen(shrinkage=share, salient=salient), SiteStatistics(gram=known.training)
+        found = solve_site(both, trained, preset, DTYPE).weights
+        losses.append(sum(loss(w, dense(each), known.validation) for w, each in zip(both, found, strict=True)))
+    searched = solve_site(both, known, chosen(shrinkage="validated", salient=salient), DTYPE).regularization
+    assert searched == Regularization(SHRINKAGES[int(np.argmin(losses))], 0.01)
+
+
 @pytest.mark.parametrize("missing", ["validation", "training"])
 def test_without_held_out_sequences_the_first_candidate_is_taken_and_that_is_noted(missing: str) -> None:
     known = replace(measured(1), **{missing: None})
@@ -400,6 +424,15 @@ def coreq_target(weight: Tensor, known: SiteStatistics, alpha: float | None = No
     whole = np.einsum("ri,ij,rj->", w, drift_energy, w)
     share = float((turned @ inverse * turned).sum() / whole) if alpha is None else alpha
     return torch.from_numpy(w + share * turned @ inverse), share
+
+
+def output_lost(weight: Tensor, rounded: Tensor, known: SiteStatistics, alpha: float = 1.0) -> float:
+    """Return ||W (X_q + alpha dX) - Q X_q||^2 a token; for an alpha of 1, what is lost of the original's output."""
+    assert known.drift is not None
+    assert known.drift_energy is not None
+    cross = float(((weight - rounded) @ known.drift.T * weight).sum())
+    whole = float((weight @ known.drift_energy * weight).sum())
+    return loss(weight, rounded, gram_of(known)) + 2 * alpha * cross + alpha**2 * whole
 
 
 @pytest.mark.parametrize("alpha", [None, 0.5])
@@ -480,16 +513,35 @@ def test_gptaq_keeps_more_of_the_original_output_than_gptq_and_coreq_keeps_most(
     (weight,), known = weights(6, 16), measured(6)
 
     def lost(preset: Quantization) -> float:
-        """Return ||W X_f - Q X_q||^2."""
-        error = weight - dense(only(weight, known, preset))
-        cross = float((error @ known.drift.T * weight).sum())
-        return (
-            loss(weight, weight - error, gram_of(known))
-            + 2 * cross
-            + float((weight @ known.drift_energy * weight).sum())
-        )
+        return output_lost(weight, dense(only(weight, known, preset)), known)
 
     assert lost(chosen("coreq")) < lost(chosen("gptaq")) < lost(chosen())
+
+
+REFINED: dict[str, dict[str, Any]] = {
+    "polish": {"rounding": {"polish": 1}},
+    "polish, 3 passes": {"rounding": {"polish": 3}},
+    "refit": {"ranges": {"refit": 1}},
+    "both": {"rounding": {"polish": 1}, "ranges": {"refit": 1}},
+}
+
+
+@pytest.mark.parametrize("salient", [0.0, 0.1])
+@pytest.mark.parametrize("alpha", [0.25, 1.0])
+@pytest.mark.parametrize("refined", REFINED)
+def test_what_refines_gptaq_keeps_more_of_the_output_that_it_aims_at(
+    refined: str, alpha: float, salient: float
+) -> None:
+    """With the damping, which is a part of what is made less: it keeps Q near W."""
+    (weight,), known = weights(6, 16), measured(6)
+    target = {"kind": "gptaq", "alpha": alpha}
+
+    def lost(**fields: Any) -> float:
+        rounded = dense(only(weight, known, chosen("gptaq", target=target, salient=salient, **fields)))
+        strength = 0.01 * float(gram_of(known).diagonal().mean())
+        return output_lost(weight, rounded, known, alpha) + strength * float((weight - rounded).square().sum())
+
+    assert lost(**REFINED[refined]) < lost()
 
 
 def test_k_coreq_is_a_beam_on_the_corrected_target() -> None:

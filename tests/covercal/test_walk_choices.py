@@ -20,7 +20,7 @@ from covercal.block_pass import BlockPass
 from covercal.calibration import round_parameters
 from covercal.decoder import Decoder, linear_of, make_decoder, token_tensor
 from covercal.errors import QuantizationError
-from covercal.gram import SiteStatistics
+from covercal.gram import SiteStatistics, SiteSums, Wanted
 from covercal.hidden_states import HiddenStates
 from covercal.input_scaling import ScaledSite, scale_block
 from covercal.quantization import (
@@ -47,7 +47,7 @@ from tests.covercal.walks import (
     quantized_model,
     reports_of,
 )
-from tests.tiny import BLOCKS, random_tokens, tiny_model
+from tests.tiny import BLOCKS, WIDTH, random_tokens, tiny_model
 
 CPU = torch.device("cpu")
 Tokens = npt.NDArray[np.int32]
@@ -151,6 +151,37 @@ def test_a_prefix_that_is_longer_than_a_sample_is_left_out_for_it() -> None:
     found = walk(choices(gram={"prefixes": [8, 15]}))
     assert comparable(found) == comparable(walk(choices(), cut))
     assert reports_of(found)[FIRST].tokens == sum(map(len, cut))
+
+
+def test_all_prefixes_of_a_sample_are_held_out_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = choices(shrinkage="validated", gram={"prefixes": [8, 12, 15]})
+    found = Walked(monkeypatch, settings).statistics[0]
+    kept = [[s[:length] for length in (8, 12, 15) if length <= len(s)] for s in MIXED]
+    held_out = [inputs_of(decoder_of("llama").model, FIRST, prefixes) for prefixes in (kept[3], kept[7])]
+    x = torch.cat([inputs for sample in held_out for inputs in sample])
+    assert found.validation is not None
+    torch.testing.assert_close(found.validation.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+def test_samples_that_are_shorter_than_any_prefix_do_not_count_among_those_held_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = choices(shrinkage="validated", gram={"prefixes": [12, 15]})  # leaves out four of nine
+    found = Walked(monkeypatch, settings).statistics[0]
+    x = torch.cat(inputs_of(decoder_of("llama").model, FIRST, [MIXED[7][:12], MIXED[7]]))
+    assert found.validation is not None
+    torch.testing.assert_close(found.validation.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_ledoit_wolf_share_of_prefixes_is_that_of_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = choices(shrinkage="ledoit_wolf", gram={"prefixes": [15, 8, 12]})
+    found = Walked(monkeypatch, settings).statistics[0]
+    sums = SiteSums(WIDTH, CPU, Wanted(spread=True))
+    for number, sample in enumerate(MIXED):
+        prefixes = [sample[:length] for length in (15, 8, 12) if length <= len(sample)]
+        x = torch.cat(inputs_of(decoder_of("llama").model, FIRST, prefixes))
+        sums.add(x[None], samples=[number])
+    assert found.ledoit_wolf == pytest.approx(sums.statistics().ledoit_wolf, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -427,7 +458,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "": {"activation_order": False},
     "ranges": {"shrink": 0.7, "steps": 5},
     "scaling": {"loss": "module", "steps": 4, "regularization": "identity", "strength": 0.1, "power": 0.8},
-    "gram": {"pool_share": 0.2, "weight": "sequence", "expert_tokens": 4},
+    "gram": {"pool_share": 0.2, "weight": "sequence", "expert_tokens": 4, "prefixes": (6, 11)},
     "shrinkage": {"strength": 0.4, "towards": "pool"},
     "damping": {"strength": 0.3, "weights": "saliency", "gamma": 0.35},
     "target": {"alpha": 0.6},
@@ -447,6 +478,7 @@ BASES: dict[str, dict[str, Any]] = {
     "blend": {"gram": "blend"},
     "pool, static": {"gram": "pool", "activations": "static"},
     "dynamic": {"activations": "dynamic"},
+    "static, prefixes": {"method": "w8a8_static", "gram": {"prefixes": [6, 11]}},
     "static, percentile": {"activations": {"kind": "static", "ranges": "percentile"}},
     "salient": {"salient": 0.05},
 }
@@ -517,13 +549,13 @@ def test_the_order_of_sequences_of_one_length_does_not_matter(method: str) -> No
 class Walked:
     """What the solver was given in a walk over the first block, and the scales of its inputs."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, settings: Quantization) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, settings: Quantization, pool: PoolSource | None = None) -> None:
         self.statistics: list[SiteStatistics] = []
         self.weights: list[list[Tensor]] = []
         self.scales: dict[int, ScaledSite] = {}
         monkeypatch.setattr(quantization, "solve_site", self._solve)
         monkeypatch.setattr(quantization, "scale_block", self._scale)
-        self.blocks = [next(quantize_blocks(decoder_of("llama"), MIXED, settings, "float32"))]
+        self.blocks = [next(quantize_blocks(decoder_of("llama"), MIXED, settings, "float32", pool=pool))]
 
     def _solve(self, weights: list[Tensor], statistics: SiteStatistics, *rest: Any) -> Any:
         self.weights.append(weights)
@@ -583,6 +615,29 @@ def test_the_pools_part_of_a_blend_has_no_drift(share: float) -> None:
     assert turned.outputs_drift is not None
     torch.testing.assert_close(turned.outputs_drift[0], (1 - share) * ones)
     assert turned.outputs_drift_energy == pytest.approx((5 - 5 * share,))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.7])
+def test_sizes_of_inputs_are_blended_as_their_gram_matrices_are(share: float) -> None:
+    own = SiteStatistics(magnitude=torch.tensor([1.0, 4.0]).double(), peak=torch.tensor([9.0, 5.0]).double())
+    pool = SiteStatistics(magnitude=torch.tensor([2.0, 1.0]).double(), peak=torch.tensor([3.0, 8.0]).double())
+    found = quantization.blended(own, pool, share)
+    torch.testing.assert_close(found.magnitude, (1 - share) * own.magnitude + share * pool.magnitude)
+    assert found.peak is not None
+    assert found.peak.tolist() == [9.0, 8.0]
+    unknown = quantization.blended(own, SiteStatistics(), share)
+    assert unknown.magnitude is own.magnitude
+    assert unknown.peak is own.peak
+
+
+@pytest.mark.parametrize("settings", [choices("sarqc_gbs"), choices("coreq", damping={"weights": "saliency"})])
+def test_the_saliency_of_a_blend_reads_mean_sizes_of_both(
+    settings: Quantization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blend = settings.model_copy(update={"gram": settings.gram.model_copy(update={"source": "blend"})})
+    walked = Walked(monkeypatch, blend, pool_of("llama"))
+    sizes = [torch.cat(inputs_of(decoder_of("llama").model, FIRST, each)).abs().mean(dim=0) for each in (MIXED, POOL)]
+    torch.testing.assert_close(walked.statistics[0].magnitude, sum(sizes) / 2, rtol=1e-4, atol=1e-6)
 
 
 # --- what a walk holds ---------------------------------------------------------------------------------------------
