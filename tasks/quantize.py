@@ -90,7 +90,7 @@ class PoolInputs:
 NO_POOL = PoolInputs()
 
 
-@cached("block", version=6, ignored=("imported", "device"), names={"dtype": "model.dtype"})
+@cached("block", version=7, ignored=("imported", "device"), names={"dtype": "model.dtype"})
 def quantize_block(
     build: Build,
     *,
