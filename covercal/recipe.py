@@ -344,9 +344,13 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, name: str = "recipe", o
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as plain JSON, of the quantisation only what was given: the rest is its method's to say."""
+    """Return a recipe as plain JSON, of the quantisation only its method and what was given: the rest the method says.
+
+    This is how a recipe is shown, kept and handed on: with another method, it means what its author would have meant.
+    """
     value = recipe.model_dump(mode="json")
-    return value | {"quantization": recipe.quantization.model_dump(mode="json", exclude_unset=True)}
+    given = recipe.quantization.model_dump(mode="json", exclude_unset=True)
+    return value | {"quantization": {"method": recipe.quantization.method, **given}}
 
 
 def with_fields(recipe: Recipe, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from covercal.errors import EvaluationError
-from covercal.recipe import Recipe
+from covercal.recipe import Recipe, plain
 from flows.execution import Recorder
 from flows.report import Concluded, Took, lean, told, write_page, write_sweep
 from flows.requirements import shortcomings
@@ -141,7 +141,7 @@ class Running:
             started=self.when.isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - self.began, 3),
             state=state,
-            recipe=self.recipe.model_dump(mode="json"),
+            recipe=plain(self.recipe),
             stages=[
                 StageRecord(e.label, e.stage, e.key, str(e.decision), e.reason, e.seconds) for e in self.recorder.events
             ],

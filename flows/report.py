@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import covercal
-from covercal.recipe import Recipe
+from covercal.recipe import Recipe, plain
 from flows.chain import Chain
 from flows.execution import Event, Execution, Pending
 from flows.summary import stage_rows, summarize
@@ -112,8 +112,7 @@ class Took:
 def told(recipe: Recipe, concluded: Concluded, took: Took) -> dict[str, Any]:
     """Return everything that there is to say of a run: what `run --json` prints and what its page shows."""
     rows = [{**row, "made_in": concluded.made.get(row["stage"])} for row in stage_rows(took.events)]
-    recipe_value = recipe.model_dump(mode="json")
-    return {**concluded.summary, **_how(took, recipe.device), "recipe": recipe_value, "stages": rows}
+    return {**concluded.summary, **_how(took, recipe.device), "recipe": plain(recipe), "stages": rows}
 
 
 def _how(took: Took, device: str) -> dict[str, Any]:

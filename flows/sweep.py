@@ -17,7 +17,7 @@ from rich.table import Table
 
 from covercal.comparison import student_quantile
 from covercal.errors import CovercalError
-from covercal.recipe import Recipe, parse_recipe, with_fields
+from covercal.recipe import Recipe, parse_recipe, plain, with_fields
 from covercal.selectors.registry import selector
 from flows.chain import run_chain
 from flows.execution import Execution
@@ -271,7 +271,7 @@ def sweep_summary(recipe: Recipe, results: Sequence[CellResult]) -> dict[str, An
     return {
         "name": sweep_name(recipe),
         "verdict": sweep_verdict(found["rows"], sum(bool(each.error) for each in results)),
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": plain(recipe),
         **found,
     }
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from covercal.errors import InputError
+from covercal.quantization_settings import PRESETS
 from covercal.recipe import (
     DivergenceText,
     Evaluation,
@@ -26,6 +27,7 @@ from covercal.recipe import (
     TextSource,
     load_recipe,
     parse_recipe,
+    plain,
 )
 from covercal.selectors.registry import SELECTORS
 from covercal.thresholds import RULES, WEIGHTINGS
@@ -718,6 +720,23 @@ def test_a_data_set_folder_beside_the_recipe_becomes_absolute(tmp_path: Path) ->
     (tmp_path / "texts").mkdir()
     value = with_fields({"pool.sources.0": {"hub": "texts"}})
     assert load_recipe(written(tmp_path, value)).pool.sources[0].hub == str(tmp_path / "texts")
+
+
+# --- as it is shown -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [None, *PRESETS])
+@pytest.mark.parametrize("given", [{}, {"bits": 3, "shrinkage": 0.3, "ranges": {"shrink": 0.4}}])
+def test_a_shown_recipe_with_another_method_is_as_if_that_method_had_been_written(
+    given: dict[str, Any], method: str | None
+) -> None:
+    def written_by_hand(name: str | None) -> Recipe:
+        return parse_recipe({**SMALLEST, "quantization": {**given, **({"method": name} if name else {})}}, FOLDER)
+
+    shown = json.loads(json.dumps(plain(written_by_hand(method))))
+    assert parse_recipe(shown, Path("/")) == written_by_hand(method)
+    assert shown["quantization"]["method"] == written_by_hand(method).quantization.method
+    assert parse_recipe(shown, Path("/"), overrides=["quantization.method=rtn"]) == written_by_hand("rtn")
 
 
 # --- round trip ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -20,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from covercal.errors import ActivationError, InputError
-from covercal.recipe import load_recipe
+from covercal.recipe import load_recipe, plain
 from flows.chain import Chain, run_chain
 from flows.choosing import shown_selectors
 from flows.display import row_details
@@ -333,6 +334,18 @@ def test_the_command_line_runs_the_flow_then_answers_from_the_store(
     assert [record.state for record in records] == ["completed", "completed"]
     assert {stage.decision for stage in records[1].stages} == {"hit"}
     assert all(stage.reason for record in records for stage in record.stages)
+
+
+def test_the_flow_gets_of_the_quantisation_what_was_given(
+    write_recipe: WriteRecipe, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_recipe())
+    handed: list[Any] = []
+    ended = SimpleNamespace(result=lambda **_: InputError("enough"))
+    monkeypatch.setattr("flows.entrypoints.quantize", lambda value, **_: handed.append(value) or ended)
+    with pytest.raises(InputError, match="enough"):
+        run_through_prefect(write_recipe(), store)
+    assert handed == [plain(recipe)]
 
 
 def test_with_a_server_configured_a_cached_run_still_goes_through_it(
