@@ -15,6 +15,7 @@ from covercal.section import Section, one_of
 from covercal.selectors.registry import SELECTORS
 from covercal.thresholds import RULES, WEIGHTINGS
 
+READ = ("pool.sources", "evaluation.perplexity", "evaluation.divergence", "evaluation.tasks")  # lists of what is read
 NOT_DRAWN = {"random": "it is always drawn, as a band", "given": "its samples are a list in the recipe"}
 
 
@@ -340,7 +341,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, name: str = "recipe", o
         recipe = Recipe.model_validate(changed)
     except ValidationError as error:
         raise InputError(f"Recipe {name}: " + "; ".join(sentences(error, Recipe))) from None
-    return _absolute(recipe, folder)
+    return Recipe.model_validate(_absolute("", plain(recipe), folder))
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
@@ -400,28 +401,21 @@ def _expanded(path: str) -> Path:
         raise InputError(f"{path}: there is no user of that name to take a home folder from.") from None
 
 
-def _absolute(recipe: Recipe, folder: Path) -> Recipe:
-    def place(path: str | None) -> str | None:
-        return None if path is None else str((folder / _expanded(path)).absolute())
+def _absolute(field: str, value: Any, folder: Path) -> Any:
+    """Return the plain value of a field, or of a whole recipe, with the paths in it made absolute against `folder`."""
+    if isinstance(value, dict):
+        inside = "" if field in ("", "sweep") else f"{field}."  # the names in `sweep` are those of whole fields
+        return {name: _absolute(f"{inside}{name}", each, folder) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_absolute(field, each, folder) for each in value]
+    return str((folder / _expanded(value)).absolute()) if _is_place(field, value, folder) else value
 
-    def moved(source: Any) -> Any:
-        hub = getattr(source, "hub", None)
-        is_folder = hub is not None and (folder / hub).is_dir()
-        return source.model_copy(update={"path": place(source.path)} | ({"hub": place(hub)} if is_folder else {}))
 
-    model_path = folder / _expanded(recipe.model.source)
-    is_local = model_path.exists() or recipe.model.source.endswith(".gguf")
-    source = str(model_path.absolute()) if is_local else recipe.model.source
-    return recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"source": source}),
-            "pool": recipe.pool.model_copy(update={"sources": tuple(map(moved, recipe.pool.sources))}),
-            "evaluation": recipe.evaluation.model_copy(
-                update={
-                    "perplexity": tuple(map(moved, recipe.evaluation.perplexity)),
-                    "divergence": tuple(map(moved, recipe.evaluation.divergence)),
-                    "tasks": tuple(map(moved, recipe.evaluation.tasks)),
-                }
-            ),
-        }
-    )
+def _is_place(field: str, value: Any, folder: Path) -> bool:
+    """Return whether the value of a field names a file or folder."""
+    section, _, last = ".".join(part for part in field.split(".") if not part.isdecimal()).rpartition(".")
+    if not isinstance(value, str):
+        return False
+    if (section, last) == ("model", "source"):
+        return value.endswith(".gguf") or (folder / _expanded(value)).exists()
+    return section in READ and (last == "path" or (last == "hub" and (folder / value).is_dir()))

@@ -673,6 +673,30 @@ def test_paths_relative_to_the_recipe_file_become_absolute(tmp_path: Path) -> No
     assert paths == [str(tmp_path / name) for name in names]
 
 
+def test_paths_in_a_sweep_become_absolute_like_the_fields_they_stand_for(tmp_path: Path) -> None:
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "texts").mkdir()
+    swept = {
+        "model.source": ["models/tiny", "new.gguf", "owner/model"],
+        "pool.sources": [[{"path": "pool.jsonl", "text": "models/tiny"}], [{"hub": "texts"}, {"hub": "owner/texts"}]],
+        "pool.sources.0": [{"path": "pool.jsonl"}],
+        "pool.sources.0.path": ["pool.jsonl", "/data/pool.jsonl"],
+        "evaluation.tasks": [[{"path": "task.yaml"}, {"name": "texts"}]],
+        "selection.selector": ["texts"],
+    }
+    assert load_recipe(written(tmp_path, {**SMALLEST, "sweep": swept})).sweep == {
+        "model.source": (f"{tmp_path}/models/tiny", f"{tmp_path}/new.gguf", "owner/model"),
+        "pool.sources": (
+            [{"path": f"{tmp_path}/pool.jsonl", "text": "models/tiny"}],
+            [{"hub": f"{tmp_path}/texts"}, {"hub": "owner/texts"}],
+        ),
+        "pool.sources.0": ({"path": f"{tmp_path}/pool.jsonl"},),
+        "pool.sources.0.path": (f"{tmp_path}/pool.jsonl", "/data/pool.jsonl"),
+        "evaluation.tasks": ([{"path": f"{tmp_path}/task.yaml"}, {"name": "texts"}],),
+        "selection.selector": ("texts",),
+    }
+
+
 def test_the_folder_one_works_in_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recipes").mkdir()
     (tmp_path / "elsewhere").mkdir()

@@ -66,6 +66,14 @@ def test_a_cell_is_the_recipe_with_its_fields_set(write_recipe: WriteRecipe) -> 
         assert cell.recipe.sweep == {} or cell.recipe.sweep == expected.sweep
 
 
+def test_a_cell_reads_what_lies_beside_the_recipe(write_recipe: WriteRecipe) -> None:
+    path = write_recipe(sweep={"model.source": ["tiny"], "pool.sources": [[{"path": "a.txt"}], [{"path": "b.txt"}]]})
+    (path.parent / "tiny").mkdir()
+    found = [cell.recipe for cell in cells(load_recipe(path))]
+    assert {each.model.source for each in found} == {str(path.parent / "tiny")}
+    assert [each.pool.sources[0].path for each in found] == [str(path.parent / name) for name in ("a.txt", "b.txt")]
+
+
 @pytest.mark.parametrize("given", [{}, {"shrinkage": 0}, {"rounding": {"polish": 1}, "target": {"alpha": 0.5}}])
 def test_a_swept_method_brings_all_that_its_preset_says(write_recipe: WriteRecipe, given: dict[str, Any]) -> None:
     methods = sorted(PRESETS)
