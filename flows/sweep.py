@@ -85,12 +85,15 @@ class Row:
     values
         The main number of each, in the order of the seeds.
     mean, interval
-        Their mean, and half the width of its 95% interval (Student's t); NaN for a single value.
+        Their mean, and half the width of its 95% interval (Student's t); NaN for a single value. Over several pools
+        both are of the pools' means: the runs of one pool share its luck.
     difference, difference_interval
         How far the mean lies above that of random choice of the same size, and half the width of the 95% interval (see
         `against_random`); NaN where no random choice was run, or for random choice itself.
     percentile
         Share of the random choices of the same size from the same pool that are worse; NaN as for the difference.
+    random_mean
+        What the difference is from: the mean of random choice over the pools that both have; NaN as for the difference.
     """
 
     fields: dict[str, Any]
@@ -100,6 +103,7 @@ class Row:
     difference: float
     difference_interval: float
     percentile: float
+    random_mean: float
 
 
 def cells(recipe: Recipe) -> list[Cell]:
@@ -201,11 +205,17 @@ def rows(results: Sequence[CellResult]) -> list[Row]:
     found = []
     for group in groups.values():
         fields = {name: value for name, value in group[0].fields.items() if name not in REPEATS}
-        values = tuple(main_number(each.scores) for each in group)
+        values, pools = tuple(main_number(each.scores) for each in group), _by_pool(group)
+        means = [float(np.mean(each)) for each in pools.values()] if len(pools) > 1 else values
         others = rivals.get(_without(fields, SELECTOR), {}) if fields.get(SELECTOR) != RANDOM else {}
-        compared = against_random(_by_pool(group), others)
-        found.append(Row(fields, values, float(np.mean(values)), half_interval(values), *compared))
+        compared = against_random(pools, others, exact=_without_chance(fields))
+        found.append(Row(fields, values, float(np.mean(means)), half_interval(means), *compared))
     return found
+
+
+def _without_chance(fields: dict[str, Any]) -> bool:
+    """Return whether the cells of a row have a selector that chooses the same samples whatever its seed."""
+    return SELECTOR in fields and not selector(str(fields[SELECTOR])).seeded
 
 
 def _by_pool(group: Sequence[CellResult]) -> dict[Any, list[float]]:
@@ -215,40 +225,57 @@ def _by_pool(group: Sequence[CellResult]) -> dict[Any, list[float]]:
     return pools
 
 
-def against_random(values: dict[Any, list[float]], rivals: dict[Any, list[float]]) -> tuple[float, float, float]:
+def against_random(
+    values: dict[Any, list[float]], rivals: dict[Any, list[float]], *, exact: bool
+) -> tuple[float, float, float, float]:
     """Compare one selector's numbers with those of random choice; lower numbers are better.
 
     Parameters
     ----------
     values, rivals
         The numbers by pool.
+    exact
+        Whether the selector has no chance in it, so that one number of a pool is all there is to know of it there.
 
     Returns
     -------
     difference, interval
         Mean of the first less mean of the second, and half the width of its 95% interval. Over several pools it is
         that of the paired differences, one for each pool (Student's t). Over one pool it is Welch's, where a
-        selector without chance adds nothing to it: the luck of a pool's draw is not in it.
+        selector without chance adds nothing to it: the luck of a pool's draw is not in it. The interval is NaN where
+        a single number leaves its spread unknown.
     percentile
         Share of the pairs from one pool where the random choice is worse.
-        All three are NaN where no pool has both.
+    random_mean
+        Mean of the second over the pools that both have.
+        All four are NaN where no pool has both.
     """
     shared = [pool for pool in values if pool in rivals]
     if not shared:
-        return math.nan, math.nan, math.nan
+        return math.nan, math.nan, math.nan, math.nan
     percentile = float(np.mean([other > value for pool in shared for value in values[pool] for other in rivals[pool]]))
+    random_mean = float(np.mean([np.mean(rivals[pool]) for pool in shared]))
     differences = [float(np.mean(values[pool]) - np.mean(rivals[pool])) for pool in shared]
     if len(shared) > 1:
-        return float(np.mean(differences)), half_interval(differences), percentile
-    return differences[0], _welch_half_interval(values[shared[0]], rivals[shared[0]]), percentile
+        return float(np.mean(differences)), half_interval(differences), percentile, random_mean
+    drawn = [rivals[shared[0]], *([] if exact else [values[shared[0]]])]
+    return differences[0], _welch_half_interval(drawn), percentile, random_mean
 
 
-def _welch_half_interval(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return half the width of the 95% interval of a difference of means; a single value counts as known exactly."""
-    parts = [(float(np.var(each, ddof=1)) / len(each), len(each) - 1) for each in (a, b) if len(each) > 1]
+def _welch_half_interval(drawn: Sequence[Sequence[float]]) -> float:
+    """Return half the width of the 95% interval of a difference of means; NaN where one of them is a single value.
+
+    Parameters
+    ----------
+    drawn
+        The values of each mean that is known from a few values only; one that is known exactly is left out.
+    """
+    if any(len(each) < 2 for each in drawn):
+        return math.nan
+    parts = [(float(np.var(each, ddof=1)) / len(each), len(each) - 1) for each in drawn]
     squared = sum(part for part, _ in parts)
     if squared == 0:
-        return 0.0 if parts else math.nan
+        return 0.0
     freedom = squared**2 / sum(part**2 / degrees for part, degrees in parts)
     return student_quantile(0.975, freedom) * math.sqrt(squared)
 

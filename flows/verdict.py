@@ -65,7 +65,8 @@ def sweep_verdict(rows: Sequence[dict[str, Any]], failed: int) -> str:
     Parameters
     ----------
     rows
-        Of the sweep's table: fields, mean, difference from random choice and its interval (None where there is none).
+        Of the sweep's table: fields, mean, difference from random choice, its interval, and the mean of random choice
+        that it is a difference from (None where there is none).
     failed
         Cells that came to nothing.
     """
@@ -90,7 +91,7 @@ def sweep_verdict(rows: Sequence[dict[str, Any]], failed: int) -> str:
 
 def _change(row: dict[str, Any]) -> float:
     """Return the difference from random choice as a share of it."""
-    return float(row["difference"]) / (float(row["mean"]) - float(row["difference"]))
+    return float(row["difference"]) / float(row["random_mean"])
 
 
 def _row_words(row: dict[str, Any]) -> str:

@@ -98,40 +98,46 @@ def test_the_interval_of_a_mean_is_students() -> None:
 
 
 def test_over_several_pools_the_difference_is_paired() -> None:
-    found, interval, _ = against_random({p: [v] for p, v in enumerate(VALUES)}, {p: [v] for p, v in enumerate(RIVALS)})
+    values, rivals = ({p: [v] for p, v in enumerate(each)} for each in (VALUES, RIVALS))
+    found, interval, _, _ = against_random(values, rivals, exact=False)
     expected = stats.ttest_rel(VALUES, RIVALS).confidence_interval(0.95)
     assert found == pytest.approx(np.mean(VALUES) - np.mean(RIVALS))
     assert (found - interval, found + interval) == pytest.approx((expected.low, expected.high))
 
 
 def test_over_one_pool_the_difference_is_welchs() -> None:
-    found, interval, _ = against_random({None: VALUES[:3]}, {None: RIVALS})
+    found, interval, _, _ = against_random({None: VALUES[:3]}, {None: RIVALS}, exact=False)
     expected = stats.ttest_ind(VALUES[:3], RIVALS, equal_var=False).confidence_interval(0.95)
     assert (found - interval, found + interval) == pytest.approx((expected.low, expected.high))
 
 
 def test_a_selector_without_chance_adds_nothing_to_the_interval() -> None:
-    found, interval, _ = against_random({None: [0.7]}, {None: RIVALS})
+    found, interval, _, _ = against_random({None: [0.7]}, {None: RIVALS}, exact=True)
     assert found == pytest.approx(0.7 - np.mean(RIVALS))
     assert interval == pytest.approx(half_interval(RIVALS))
 
 
-def test_two_single_values_have_a_difference_and_no_interval() -> None:
-    found, interval, percentile = against_random({None: [0.7]}, {None: [0.8]})
-    assert found == pytest.approx(-0.1)
+@pytest.mark.parametrize(
+    ("values", "rivals", "exact"),
+    [([0.7], [0.8], True), ([0.7], [0.8], False), (VALUES, [0.8], False), ([0.7], RIVALS, False)],
+)
+def test_a_single_value_that_chance_had_a_part_in_leaves_the_interval_unknown(
+    values: list[float], rivals: list[float], exact: bool
+) -> None:
+    found, interval, _, random_mean = against_random({None: values}, {None: rivals}, exact=exact)
+    assert (found, random_mean) == pytest.approx((np.mean(values) - np.mean(rivals), np.mean(rivals)))
     assert math.isnan(interval)
-    assert percentile == 1.0
 
 
 def test_the_percentile_compares_within_a_pool_only() -> None:
     values = {0: [0.5], 1: [2.5]}
     rivals = {0: [1.0, 0.4, 0.6, 0.7], 1: [2.0, 2.1, 2.2, 3.0]}
-    assert against_random(values, rivals)[2] == pytest.approx((3 + 1) / 8)
+    assert against_random(values, rivals, exact=False)[2] == pytest.approx((3 + 1) / 8)
 
 
 def test_without_random_choice_there_is_nothing_to_compare_with() -> None:
-    assert all(math.isnan(each) for each in against_random({None: [0.7]}, {}))
-    assert all(math.isnan(each) for each in against_random({0: [0.7]}, {1: [0.7]}))
+    assert all(math.isnan(each) for each in against_random({None: [0.7]}, {}, exact=True))
+    assert all(math.isnan(each) for each in against_random({0: [0.7]}, {1: [0.7]}, exact=True))
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
@@ -167,6 +173,33 @@ def test_rows_pair_the_pools_of_a_sweep_over_pool_seeds() -> None:
     assert random.values == tuple(RIVALS)
     low, high = stats.ttest_rel(VALUES, RIVALS).confidence_interval(0.95)
     assert 2 * coverage.difference_interval == pytest.approx(high - low)
+
+
+@pytest.mark.parametrize(("name", "known"), [("coverage", True), ("stratified_domain", False)])
+def test_one_run_of_a_selector_is_known_exactly_only_where_it_reads_no_seed(name: str, known: bool) -> None:
+    random = [result(v, selector="random", budget=8, seed=s) for s, v in enumerate(RIVALS)]
+    row = rows([*random, result(0.7, selector=name, budget=8, seed=0)])[1]
+    assert math.isnan(row.difference_interval) != known
+
+
+def test_the_difference_and_what_it_is_a_share_of_are_of_the_pools_that_both_have() -> None:
+    found = rows(
+        [
+            *(result(1.0, selector="random", budget=8, pool_seed=p) for p in (0, 1)),
+            *(result(v, selector="coverage", budget=8, pool_seed=p) for p, v in enumerate((0.9, 0.9, 3.0))),
+        ]
+    )
+    assert (found[1].mean, found[1].difference, found[1].random_mean) == pytest.approx((1.6, -0.1, 1.0))
+
+
+def test_over_several_pools_the_interval_of_a_mean_is_that_of_the_pools_means() -> None:
+    pools = {0: [0.70, 0.71, 0.72], 1: [0.80, 0.81], 2: [0.90]}  # a failed cell is missing
+    found = [result(v, selector="random", budget=8, pool_seed=p, seed=s) for p in pools for s, v in enumerate(pools[p])]
+    (row,) = rows(found)
+    means = [np.mean(each) for each in pools.values()]
+    assert row.mean == pytest.approx(np.mean(means))
+    low, high = stats.t.interval(0.95, 2, np.mean(means), stats.sem(means))
+    assert row.interval == pytest.approx((high - low) / 2)
 
 
 def test_other_fields_keep_rows_apart() -> None:

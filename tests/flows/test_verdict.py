@@ -89,7 +89,9 @@ def test_tasks_speak_where_there_are_no_texts() -> None:
 
 def row(name: str, mean: float, difference: float | None, interval: float | None) -> dict[str, Any]:
     fields = {"selection.selector": name, "selection.budget": 8}
-    return {"fields": fields, "mean": mean, "difference": difference, "difference_interval": interval}
+    random = None if difference is None else mean - difference
+    value = {"fields": fields, "mean": mean, "difference": difference, "difference_interval": interval}
+    return {**value, "random_mean": random}
 
 
 def test_a_sweep_counts_only_what_is_more_than_noise() -> None:
@@ -106,6 +108,11 @@ def test_a_sweep_counts_only_what_is_more_than_noise() -> None:
     assert "selector a, budget 8, -10.0%" in words
     assert "failed" not in words
     assert "2 cells failed" in sweep_verdict(rows, 2)
+
+
+def test_the_clearest_gain_is_a_share_of_random_choice_over_the_pools_that_both_have() -> None:
+    of_three_pools = {**row("a", 1.6, -0.1, 0.05), "random_mean": 1.0}  # and random choice has the two easy ones only
+    assert "selector a, budget 8, -10.0%" in sweep_verdict([row("random", 1.0, None, None), of_three_pools], 0)
 
 
 def test_a_sweep_without_random_choice_claims_nothing() -> None:
