@@ -94,7 +94,9 @@ def _fields(cell: dict[str, Any]) -> str:
 
 
 def _cell_result(cell: dict[str, Any]) -> Any:
-    return cell["error"].splitlines()[0] if cell["error"] else main_number(cell["scores"])
+    if cell["error"]:
+        return cell["error"].splitlines()[0]
+    return main_number(cell["scores"]) if cell["scores"] else "nothing measured on texts"
 
 
 def _show_figures(figures: Sequence["Figure"]) -> None:

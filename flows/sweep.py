@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,8 @@ def _run_cell(
         chain = run_chain(cell.recipe, inputs, execution(cell))
         summary = summarize(cell.recipe, chain, store)
         scores = [_overall(each) for each in summary["evaluation"]]
-        return CellResult(cell.fields, summary["selection"], summary["quantization"], scores)
+        found = CellResult(cell.fields, summary["selection"], summary["quantization"], scores)
+        return replace(found, error=_no_number(scores))
     except (CovercalError, StorageError) as error:
         return CellResult(cell.fields, error=f"{type(error).__name__}: {error}")
     except Exception as error:  # a bug in one selector must not cost a night's other cells; the trace is kept
@@ -178,17 +179,33 @@ def _overall(text: dict[str, Any]) -> dict[str, Any]:
     return {"text": text["text"], "kind": text["kind"], **models}
 
 
+def _no_number(scores: Sequence[dict[str, Any]]) -> str:
+    """Return the error of a cell whose main number cannot be compared with that of others; empty when it can."""
+    main, value = _main_score(scores), main_number(scores)
+    if main is None or math.isfinite(value):
+        return ""
+    return f"EvaluationError: the {main['kind']} on {main['text']} is {value:g}; only finite numbers can be compared"
+
+
 def found_words(result: CellResult) -> str:
     """Return a cell's main number, or the first line of its error."""
-    return result.error.splitlines()[0] if result.error else f"{main_number(result.scores):.4f}"
+    if result.error:
+        return result.error.splitlines()[0]
+    return f"{main_number(result.scores):.4f}" if result.scores else "nothing measured on texts"
 
 
 def main_number(scores: Sequence[dict[str, Any]]) -> float:
-    """Return what cells are compared by: divergence on the first text that has one, else the first perplexity."""
-    for each in scores:
-        if each["kind"] == "divergence":
-            return float(each["run"]["divergence"])
-    return float(scores[0]["run"]["perplexity"]) if scores else math.nan
+    """Return what cells are compared by: divergence on the first text that has one, else the first perplexity.
+
+    NaN where nothing was measured on a text.
+    """
+    main = _main_score(scores)
+    value = None if main is None else main["run"].get(main["kind"])
+    return math.nan if value is None else float(value)
+
+
+def _main_score(scores: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    return next((each for each in scores if each["kind"] == "divergence"), scores[0] if scores else None)
 
 
 def rows(results: Sequence[CellResult]) -> list[Row]:
@@ -307,21 +324,27 @@ def results_summary(results: Sequence[CellResult]) -> dict[str, Any]:
     """Return what the figures of a sweep show: the measure, its rows, and the cells."""
     return {
         "measure": measure_words(results),
-        "rows": [{name: _plain(value) for name, value in asdict(row).items()} for row in rows(results)],
-        "cells": [asdict(each) for each in results],
+        "rows": [_plain(asdict(row)) for row in rows(results)],
+        "cells": [_plain(asdict(each)) for each in results],
     }
 
 
 def measure_words(results: Sequence[CellResult]) -> str:
     """Return what the main number is."""
-    texts = next((each.scores for each in results if each.scores), [])
-    if any(each["kind"] == "divergence" for each in texts):
-        return "KL(original || quantised), nats per token"
-    return f"perplexity on {texts[0]['text']}" if texts else "nothing measured"
+    main = next((_main_score(each.scores) for each in results if each.scores), None)
+    if main is None:
+        return "nothing measured on texts"
+    is_divergence = main["kind"] == "divergence"
+    return "KL(original || quantised), nats per token" if is_divergence else f"perplexity on {main['text']}"
 
 
 def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
+    """Return a value as JSON has it, with null for every number that is not known."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sweep_table(found: Sequence[Row]) -> Table:

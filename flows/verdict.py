@@ -66,7 +66,7 @@ def sweep_verdict(rows: Sequence[dict[str, Any]], failed: int) -> str:
     ----------
     rows
         Of the sweep's table: fields, mean, difference from random choice, its interval, and the mean of random choice
-        that it is a difference from (None where there is none).
+        that it is a difference from (None where not known).
     failed
         Cells that came to nothing.
     """
@@ -74,8 +74,11 @@ def sweep_verdict(rows: Sequence[dict[str, Any]], failed: int) -> str:
     compared = [row for row in rows if row["difference"] is not None and row["difference_interval"] is not None]
     if not rows:
         return f"No cell came to a result.{lost}"
+    measured = [row for row in rows if row["mean"] is not None]
+    if not measured:
+        return f"Nothing was measured on texts: the recipe's `evaluation:` names none.{lost}"
     if not compared:
-        best = min(rows, key=lambda row: float(row["mean"]))
+        best = min(measured, key=lambda row: float(row["mean"]))
         return f"Lowest: {_row_words(best)} ({_number(best['mean'])}); nothing says how much of it is noise.{lost}"
     clear = [row for row in compared if abs(row["difference"]) > row["difference_interval"]]
     better = sorted((row for row in clear if row["difference"] < 0), key=_change)

@@ -47,7 +47,7 @@ def _without_budgets(summary: Summary) -> str:
         return "No cell of the sweep ended well."
     if not several_budgets([row["fields"] for row in rows]):
         return "The sweep has a single budget."
-    return ""
+    return "" if any(known(row["mean"]) for row in rows) else "No row has a number that rows can be compared by."
 
 
 def against_budget(summary: Summary) -> list[Figure]:

@@ -13,10 +13,11 @@ from scipy import stats
 
 from covercal.errors import InputError
 from covercal.quantization_settings import PRESETS, Quantization
-from covercal.recipe import load_recipe, parse_recipe, plain
+from covercal.recipe import Recipe, load_recipe, parse_recipe, plain
 from flows.execution import Direct, Recorder
 from flows.inputs import check_model
 from flows.report import Took, write_sweep
+from flows.summary import summarize
 from flows.sweep import (
     CellResult,
     against_random,
@@ -251,6 +252,25 @@ def test_a_sweep_whose_every_cell_failed_still_has_its_report(write_recipe: Writ
     assert "&lt;b&gt;no such thing&lt;/b&gt;" in page
 
 
+@pytest.mark.parametrize("divergence", [math.nan, None])
+def test_a_number_that_is_not_known_loses_no_other_and_is_null_in_the_json(
+    write_recipe: WriteRecipe, tmp_path: Path, divergence: Any
+) -> None:
+    found = [result(divergence, selector="coverage", budget=2), result(0.5, selector="coverage", budget=4)]
+    written = write_sweep(tmp_path, sweep_summary(load_recipe(write_recipe()), found), TOOK)
+    value = json.loads(written[0].read_text(), parse_constant=pytest.fail)
+    assert [row["mean"] for row in value["rows"]] == [None, 0.5]
+    assert value["cells"][0]["scores"][0]["run"]["divergence"] is None
+    assert value["verdict"].startswith("Lowest: selector coverage, budget 4 (0.5)")
+
+
+def test_a_sweep_that_measures_nothing_on_texts_says_so(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    found = [CellResult({"selection.budget": budget}) for budget in (2, 4)]
+    written = write_sweep(tmp_path, sweep_summary(load_recipe(write_recipe()), found), TOOK)
+    assert "Nothing was measured on texts" in json.loads(written[0].read_text())["verdict"]
+    assert "No row has a number that rows can be compared by." in written[1].read_text()
+
+
 def test_the_table_leaves_comparisons_out_where_nothing_is_random() -> None:
     columns = [column.header for column in sweep_table(rows([result(0.5, selector="coverage", budget=8)])).columns]
     assert columns == ["selector", "budget", "runs", "mean ± 95%"]
@@ -270,6 +290,24 @@ def test_a_failing_cell_loses_no_other(write_recipe: WriteRecipe, store: Artifac
     assert failed == {(2, 7), (4, 7)}
     assert all("group_size 7 does not divide" in f.error for f in found if f.error)
     assert all(f.scores[0]["run"]["divergence"] > 0 for f in found if not f.error)
+
+
+def test_a_cell_whose_number_is_not_finite_fails_with_a_sentence_and_keeps_what_it_found(
+    write_recipe: WriteRecipe, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(recipe: Recipe, *arguments: Any) -> dict[str, Any]:
+        summary = summarize(recipe, *arguments)
+        if recipe.selection.budget == 4:
+            summary["evaluation"][0]["run"]["all"]["divergence"] = math.nan
+        return summary
+
+    monkeypatch.setattr("flows.sweep.summarize", broken)
+    wanted = cells(load_recipe(write_recipe(sweep={"selection.budget": [2, 4]})))
+    good, bad = run_cells(wanted, store, lambda cell: Direct(store, Recorder()))
+    assert (good.error, bad.error) == (
+        "", "EvaluationError: the divergence on heldout.jsonl is nan; only finite numbers can be compared"
+    )  # fmt: skip
+    assert bad.measures["budget"] == 4
 
 
 def test_the_check_comes_before_any_work_of_a_cell(write_recipe: WriteRecipe, store: ArtifactStore) -> None:

@@ -87,9 +87,9 @@ def test_tasks_speak_where_there_are_no_texts() -> None:
     assert "empty" in verdict(recipe(), summary())
 
 
-def row(name: str, mean: float, difference: float | None, interval: float | None) -> dict[str, Any]:
+def row(name: str, mean: float | None, difference: float | None, interval: float | None) -> dict[str, Any]:
     fields = {"selection.selector": name, "selection.budget": 8}
-    random = None if difference is None else mean - difference
+    random = None if mean is None or difference is None else mean - difference
     value = {"fields": fields, "mean": mean, "difference": difference, "difference_interval": interval}
     return {**value, "random_mean": random}
 
@@ -119,6 +119,12 @@ def test_a_sweep_without_random_choice_claims_nothing() -> None:
     words = sweep_verdict([row("a", 0.9, None, None), row("b", 0.8, None, None)], 0)
     assert words.startswith("Lowest: selector b")
     assert "nothing says how much of it is noise" in words
+
+
+def test_a_row_without_a_number_loses_none_of_the_others() -> None:
+    rows = [row("a", None, None, None), row("b", 0.8, None, None)]
+    assert sweep_verdict(rows, 0).startswith("Lowest: selector b")
+    assert "Nothing was measured on texts" in sweep_verdict(rows[:1], 0)
 
 
 def linear(uncovered: int) -> dict[str, Any]:
