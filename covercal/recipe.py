@@ -355,43 +355,47 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def with_fields(recipe: Recipe, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe as plain JSON with some fields (`section.field`) set, and without its sweep."""
+    """Return a recipe as plain JSON with some fields (`section.field`) of its sweep set, and without the sweep.
+
+    Raises
+    ------
+    InputError
+        When a field is inside a single value, or names no entry of a list.
+    """
     value = plain(recipe)
     del value["sweep"]
     for name, wanted in fields.items():
-        here = value
-        *sections, last = name.split(".")
-        for each in sections:
-            here = here[int(each)] if isinstance(here, list) else here.setdefault(each, {})
-        here[int(last) if isinstance(here, list) else last] = wanted
+        _set(value, name.split("."), deepcopy(wanted), f"sweep.{name}")
     return value
 
 
 def _override(value: Any, assignment: str) -> None:
     path, equals, text = assignment.partition("=")
-    names = path.strip().split(".")
+    section, _, swept = path.strip().partition(".")
+    names = [section, swept] if section == "sweep" and swept else path.strip().split(".")
     if not equals or not all(names):
         raise InputError(f"--set {assignment}: write it as section.field=value, for example selection.budget=16.")
     try:
         parsed = yaml.safe_load(text)
     except yaml.YAMLError as cause:
         raise InputError(f"--set {assignment}: the value is not valid YAML: {cause}") from cause
-    here: Any = value
-    for name in names[:-1]:
-        here = here.setdefault(name, {}) if isinstance(here, dict) else _list_entry(here, name, assignment)
-    if isinstance(here, list):
-        _list_entry(here, names[-1], assignment)
-        here[int(names[-1])] = parsed
-    elif isinstance(here, dict):
-        here[names[-1]] = parsed
-    else:
-        raise InputError(f"--set {assignment}: `{'.'.join(names[:-1])}` is a single value and has no fields.")
+    _set(value, names, parsed, f"--set {assignment}")
 
 
-def _list_entry(here: Any, name: str, assignment: str) -> Any:
-    if isinstance(here, list) and name.isdecimal() and int(name) < len(here):
-        return here[int(name)]
-    raise InputError(f"--set {assignment}: there is no `{name}` there; a list entry is named by its number from 0.")
+def _set(value: Any, names: Sequence[str], wanted: Any, asked: str) -> None:
+    """Set one field of a plain recipe; `asked` begins the error."""
+    here = value
+    for depth, name in enumerate(names):
+        if not isinstance(here, dict | list):
+            raise InputError(f"{asked}: `{'.'.join(names[:depth])}` is a single value and has no fields.")
+        if isinstance(here, list) and not (name.isdecimal() and int(name) < len(here)):
+            raise InputError(f"{asked}: there is no `{name}` there; a list entry is named by its number from 0.")
+        at: Any = int(name) if isinstance(here, list) else name
+        if depth == len(names) - 1:
+            here[at] = wanted
+        elif isinstance(here, dict) and here.get(at) is None:
+            here[at] = {}
+        here = here[at]
 
 
 def _expanded(path: str) -> Path:

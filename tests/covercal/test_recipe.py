@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from covercal.errors import InputError
 from covercal.quantization_settings import PRESETS
 from covercal.recipe import (
+    Bar,
     DivergenceText,
     Evaluation,
     LanguageTask,
@@ -650,6 +651,19 @@ def test_an_override_of_a_list_entry_that_is_not_there_is_refused(tmp_path: Path
     with pytest.raises(InputError) as caught:
         load_recipe(written(tmp_path, SMALLEST), [f"pool.sources.{entry}{rest}"])
     assert f"there is no `{entry}` there; a list entry is named by its number from 0" in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [{}, {"sweep": {"selection.budget": [4], "selection.seed": [0, 1]}}, {"sweep": None}])
+def test_an_override_of_the_sweep_names_a_whole_field(tmp_path: Path, given: dict[str, Any]) -> None:
+    path = written(tmp_path, {**SMALLEST, **given})
+    expected = {"selection.budget": (8, 16)} | ({"selection.seed": (0, 1)} if given.get("sweep") else {})
+    assert load_recipe(path, ["sweep.selection.budget=[8,16]"]).sweep == expected
+
+
+def test_an_override_opens_a_section_that_is_empty(tmp_path: Path) -> None:
+    value = {**with_fields({}), "require": {"divergence": None}, "outliers": None}
+    loaded = load_recipe(written(tmp_path, value), ["require.divergence.max=0.1", "outliers.k=5"])
+    assert (loaded.require.divergence, loaded.outliers.k) == (Bar(max=0.1), 5.0)
 
 
 def test_an_override_inside_a_single_value_is_refused(tmp_path: Path) -> None:

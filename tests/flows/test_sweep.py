@@ -13,7 +13,7 @@ from scipy import stats
 
 from covercal.errors import InputError
 from covercal.quantization_settings import PRESETS, Quantization
-from covercal.recipe import Recipe, load_recipe, parse_recipe, plain
+from covercal.recipe import Bar, Recipe, load_recipe, parse_recipe, plain
 from flows.execution import Direct, Recorder
 from flows.inputs import check_model
 from flows.report import Took, write_sweep
@@ -65,6 +65,36 @@ def test_a_cell_is_the_recipe_with_its_fields_set(write_recipe: WriteRecipe) -> 
         expected = load_recipe(path, fields)
         assert cell.recipe.quantization == expected.quantization
         assert cell.recipe.sweep == {} or cell.recipe.sweep == expected.sweep
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("pool.sequence_length.0", 16, "`pool.sequence_length` is a single value and has no fields"),
+        ("quantization.bits.x.y", 4, "`quantization.bits` is a single value and has no fields"),
+        ("pool.sources.5.path", "a.txt", "there is no `5` there; a list entry is named by its number from 0"),
+        ("pool.sources.x.path", "a.txt", "there is no `x` there; a list entry is named by its number from 0"),
+    ],
+)
+def test_a_swept_field_that_is_not_there_is_refused_with_a_sentence(
+    command: Command, write_recipe: WriteRecipe, store: ArtifactStore, field: str, value: Any, sentence: str
+) -> None:
+    code, _, err = command("sweep", write_recipe(sweep={field: [value]}))
+    assert code == 2
+    assert f"sweep.{field}: {sentence}" in err
+    assert not list(store.manifests())
+
+
+def test_a_sweep_may_set_a_field_of_a_section_that_the_recipe_leaves_out(write_recipe: WriteRecipe) -> None:
+    found = cells(load_recipe(write_recipe(sweep={"require.divergence.max": [0.1, 0.2]})))
+    assert [cell.recipe.require.divergence for cell in found] == [Bar(max=0.1), Bar(max=0.2)]
+
+
+def test_one_field_of_a_sweep_inside_another_changes_nothing_in_it(write_recipe: WriteRecipe) -> None:
+    sweep = {"pool.sources": [[{"path": "/a.txt"}]], "pool.sources.0.rows": [1, 2]}
+    found = cells(load_recipe(write_recipe(sweep=sweep)))
+    assert [cell.recipe.pool.sources[0].rows for cell in found] == [1, 2]
+    assert [cell.fields["pool.sources"] for cell in found] == [[{"path": "/a.txt"}]] * 2
 
 
 def test_a_cell_reads_what_lies_beside_the_recipe(write_recipe: WriteRecipe) -> None:
