@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from flows.chain import run_chain
 from flows.execution import Execution
 from flows.inputs import Inputs, identify
 from flows.summary import summarize, sweep_name
-from flows.verdict import sweep_verdict
+from flows.verdict import not_judged, sweep_verdict
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 
@@ -33,6 +33,7 @@ REPEATS = (SEED, POOL_SEED)  # cells that differ by these alone are one row
 SELECTOR = "selection.selector"
 BUDGET = "selection.budget"
 RANDOM = "random"
+MODELS = ("original", "nearest", "run")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,9 @@ class CellResult:
         Of the chosen set, and of the checkpoint.
     scores
         For every evaluation text: its name, kind, and the scores of original, nearest and run over all sequences.
+    tasks
+        For every task: its name, main metric, whether higher is better, what original, nearest and run scored where
+        they did, and the error of what failed.
     error
         Empty when the cell ended well.
     """
@@ -68,10 +72,22 @@ class CellResult:
     measures: dict[str, Any] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
     scores: list[dict[str, Any]] = field(default_factory=list)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
     error: str = ""
 
 
 Tell = Callable[[int, Cell, CellResult], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskMean:
+    """The main metric of one task in the cells of a row that have it: each value, mean and interval as in `Row`."""
+
+    metric: str
+    higher_is_better: bool
+    values: tuple[float, ...]
+    mean: float
+    interval: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +110,8 @@ class Row:
         Share of the random choices of the same size from the same pool that are worse; NaN as for the difference.
     random_mean
         What the difference is from: the mean of random choice over the pools that both have; NaN as for the difference.
+    tasks
+        By the task's name.
     """
 
     fields: dict[str, Any]
@@ -104,6 +122,7 @@ class Row:
     difference_interval: float
     percentile: float
     random_mean: float
+    tasks: dict[str, TaskMean]
 
 
 def cells(recipe: Recipe) -> list[Cell]:
@@ -165,8 +184,10 @@ def _run_cell(
         chain = run_chain(cell.recipe, inputs, execution(cell))
         summary = summarize(cell.recipe, chain, store)
         scores = [_overall(each) for each in summary["evaluation"]]
-        found = CellResult(cell.fields, summary["selection"], summary["quantization"], scores)
-        return replace(found, error=_no_number(scores))
+        tasks = _task_scores(summary["tasks"])
+        return CellResult(
+            cell.fields, summary["selection"], summary["quantization"], scores, tasks, error=_no_number(scores)
+        )
     except (CovercalError, StorageError) as error:
         return CellResult(cell.fields, error=f"{type(error).__name__}: {error}")
     except Exception as error:  # a bug in one selector must not cost a night's other cells; the trace is kept
@@ -175,8 +196,20 @@ def _run_cell(
 
 def _overall(text: dict[str, Any]) -> dict[str, Any]:
     """Return a text's scores over all sequences."""
-    models = {name: text[name]["all"] for name in ("original", "nearest", "run")}
+    models = {name: text[name]["all"] for name in MODELS}
     return {"text": text["text"], "kind": text["kind"], **models}
+
+
+def _task_scores(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what every model scored on every task; a second task of the same name is called `name #2`."""
+    found: list[dict[str, Any]] = []
+    for place, each in enumerate(tasks):
+        earlier = sum(other["task"] == each["task"] for other in tasks[:place])
+        name = f"{each['task']} #{earlier + 1}" if earlier else each["task"]
+        shown = {"metric": each.get("metric", ""), "higher_is_better": each.get("higher_is_better", True)}
+        scores = {model: each["scores"][model]["value"] for model in MODELS if model in each["scores"]}
+        found.append({"task": name, **shown, **scores, "error": each["error"]})
+    return found
 
 
 def _no_number(scores: Sequence[dict[str, Any]]) -> str:
@@ -188,10 +221,22 @@ def _no_number(scores: Sequence[dict[str, Any]]) -> str:
 
 
 def found_words(result: CellResult) -> str:
-    """Return a cell's main number, or the first line of its error."""
+    """Return a cell's main number and what it scored on tasks, or the first line of its error."""
     if result.error:
         return result.error.splitlines()[0]
-    return f"{main_number(result.scores):.4f}" if result.scores else "nothing measured on texts"
+    main = [f"{main_number(result.scores):.4f}"] if result.scores else []
+    tasks = [f"{each['task']} {each['run']:.4f}" for each in result.tasks if "run" in each]
+    return ", ".join([*main, *tasks, *task_failures([result])]) or "nothing measured"
+
+
+def task_failures(results: Sequence[CellResult]) -> list[str]:
+    """Return a line for every task that could not be scored in a cell, for one of its models or for all."""
+    return [
+        f"{task['task']} failed: {task['error'].splitlines()[0]}"
+        for each in results
+        for task in each.tasks
+        if task["error"]
+    ]
 
 
 def main_number(scores: Sequence[dict[str, Any]]) -> float:
@@ -215,18 +260,17 @@ def rows(results: Sequence[CellResult]) -> list[Row]:
         if not result.error:
             groups.setdefault(_without(result.fields, *REPEATS), []).append(result)
     rivals = {
-        _without(group[0].fields, *REPEATS, SELECTOR): _by_pool(group)
+        _without(group[0].fields, *REPEATS, SELECTOR): _main_numbers(group)
         for group in groups.values()
         if group[0].fields.get(SELECTOR) == RANDOM
     }
     found = []
     for group in groups.values():
         fields = {name: value for name, value in group[0].fields.items() if name not in REPEATS}
-        values, pools = tuple(main_number(each.scores) for each in group), _by_pool(group)
-        means = [float(np.mean(each)) for each in pools.values()] if len(pools) > 1 else values
+        values, pools = tuple(main_number(each.scores) for each in group), _main_numbers(group)
         others = rivals.get(_without(fields, SELECTOR), {}) if fields.get(SELECTOR) != RANDOM else {}
         compared = against_random(pools, others, exact=_without_chance(fields))
-        found.append(Row(fields, values, float(np.mean(means)), half_interval(means), *compared))
+        found.append(Row(fields, values, *_mean_and_interval(pools), *compared, _task_means(group)))
     return found
 
 
@@ -235,11 +279,35 @@ def _without_chance(fields: dict[str, Any]) -> bool:
     return SELECTOR in fields and not selector(str(fields[SELECTOR])).seeded
 
 
-def _by_pool(group: Sequence[CellResult]) -> dict[Any, list[float]]:
+def _main_numbers(group: Sequence[CellResult]) -> dict[Any, list[float]]:
+    return _by_pool([(each, main_number(each.scores)) for each in group])
+
+
+def _by_pool(numbers: Sequence[tuple[CellResult, float]]) -> dict[Any, list[float]]:
     pools: dict[Any, list[float]] = {}
-    for each in group:
-        pools.setdefault(each.fields.get(POOL_SEED), []).append(main_number(each.scores))
+    for each, number in numbers:
+        pools.setdefault(each.fields.get(POOL_SEED), []).append(number)
     return pools
+
+
+def _task_means(group: Sequence[CellResult]) -> dict[str, TaskMean]:
+    scored: dict[str, list[tuple[CellResult, dict[str, Any]]]] = {}
+    for each in group:
+        for task in each.tasks:
+            if "run" in task:
+                scored.setdefault(task["task"], []).append((each, task))
+    found = {}
+    for name, pairs in scored.items():
+        first, values = pairs[0][1], tuple(float(task["run"]) for _, task in pairs)
+        pools = _by_pool([(each, value) for (each, _), value in zip(pairs, values, strict=True)])
+        found[name] = TaskMean(first["metric"], first["higher_is_better"], values, *_mean_and_interval(pools))
+    return found
+
+
+def _mean_and_interval(pools: dict[Any, list[float]]) -> tuple[float, float]:
+    """Return the mean of numbers by pool and half the width of its 95% interval; several pools count once each."""
+    values = [float(np.mean(each)) for each in pools.values()] if len(pools) > 1 else next(iter(pools.values()))
+    return float(np.mean(values)), half_interval(values)
 
 
 def against_random(
@@ -314,7 +382,9 @@ def sweep_summary(recipe: Recipe, results: Sequence[CellResult]) -> dict[str, An
     found = results_summary(results)
     return {
         "name": sweep_name(recipe),
-        "verdict": sweep_verdict(found["rows"], sum(bool(each.error) for each in results)),
+        "verdict": sweep_verdict(
+            recipe, found["rows"], sum(bool(each.error) for each in results), len(task_failures(results))
+        ),
         "recipe": plain(recipe),
         **found,
     }
@@ -353,20 +423,44 @@ def sweep_table(found: Sequence[Row]) -> Table:
     names = list(dict.fromkeys(name for row in found for name in row.fields))
     for name in names:
         table.add_column(name.rsplit(".", 1)[-1], no_wrap=True)
-    compared = any(not math.isnan(row.difference) for row in found)
+    measured, compared = (any(not math.isnan(getattr(row, n)) for row in found) for n in ("mean", "difference"))
+    tasks = {name: task for row in found for name, task in row.tasks.items()}
     table.add_column("runs", justify="right")
-    for name in ("mean ± 95%", *(("minus random ± 95%",) if compared else ())):
+    for name in (*(("mean ± 95%",) if measured else ()), *(("minus random ± 95%",) if compared else ())):
         table.add_column(name, no_wrap=True)
     if compared:
         table.add_column("beats", justify="right")
+    for name, task in tasks.items():
+        table.add_column(f"{name}, {task.metric} ± 95%", no_wrap=True)
     for row in found:
         cells = [str(row.fields.get(name, "")) for name in names]
-        cells += [str(len(row.values)), _with_interval(row.mean, row.interval)]
+        cells.append(str(len(row.values)))
+        if measured:
+            cells.append(_with_interval(row.mean, row.interval))
         if compared:
             cells.append(_with_interval(row.difference, row.difference_interval, sign="+"))
             cells.append("" if math.isnan(row.percentile) else f"{row.percentile:.0%}")
+        scored = [row.tasks.get(name) for name in tasks]
+        cells += ["" if task is None else _with_interval(task.mean, task.interval) for task in scored]
         table.add_row(*cells)
     return table
+
+
+def table_words(recipe: Recipe, found: Sequence[Row]) -> list[str]:
+    """Return the sentences that say how to read the table of a sweep."""
+    words = []
+    if any(not math.isnan(row.difference) for row in found):
+        words.append(
+            "Lower is better. Below zero: better than a random set of that size; beats: share of random sets that do "
+            "worse."
+        )
+    elif any(not math.isnan(row.mean) for row in found):
+        words.append("Lower is better. With `random` among the selectors, each is compared with chance.")
+    tasks = {name: task.higher_is_better for row in found for name, task in row.tasks.items()}
+    for better, way in ((True, "Higher"), (False, "Lower")):
+        if named := [name for name, higher in tasks.items() if higher == better]:
+            words.append(f"{way} is better on {', '.join(named)}.")
+    return [*words, *not_judged(recipe)]
 
 
 def _with_interval(value: float, interval: float, sign: str = "") -> str:

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,29 @@ from scipy import stats
 from covercal.errors import InputError
 from covercal.quantization_settings import PRESETS, Quantization
 from covercal.recipe import Bar, Recipe, load_recipe, parse_recipe, plain
+from flows.dashboard import show_sweep
 from flows.execution import Direct, Recorder
 from flows.inputs import check_model
+from flows.record import Running
 from flows.report import Took, write_sweep
 from flows.summary import summarize
 from flows.sweep import (
     CellResult,
     against_random,
     cells,
+    found_words,
     half_interval,
     main_number,
     rows,
     run_cells,
     sweep_summary,
     sweep_table,
+    table_words,
 )
 from storage.artifacts import ArtifactStore
+from tests.covercal.test_language_tasks import CHOICES, write_task
 from tests.flows.test_cli import Command, command
+from tests.tasks.report.reading import read
 
 WriteRecipe = Callable[..., Path]
 __all__ = ["command"]  # the fixture
@@ -297,13 +304,113 @@ def test_a_number_that_is_not_known_loses_no_other_and_is_null_in_the_json(
 def test_a_sweep_that_measures_nothing_on_texts_says_so(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     found = [CellResult({"selection.budget": budget}) for budget in (2, 4)]
     written = write_sweep(tmp_path, sweep_summary(load_recipe(write_recipe()), found), TOOK)
-    assert "Nothing was measured on texts" in json.loads(written[0].read_text())["verdict"]
+    assert "Nothing was measured" in json.loads(written[0].read_text())["verdict"]
     assert "No row has a number that rows can be compared by." in written[1].read_text()
 
 
 def test_the_table_leaves_comparisons_out_where_nothing_is_random() -> None:
     columns = [column.header for column in sweep_table(rows([result(0.5, selector="coverage", budget=8)])).columns]
     assert columns == ["selector", "budget", "runs", "mean ± 95%"]
+
+
+# --- tasks ---------------------------------------------------------------------------------------------------------
+
+
+def scored(value: float | None, error: str = "", **fields: Any) -> CellResult:
+    """Return a cell that ended with a score on the task `arc`, or without one."""
+    task = {"task": "arc", "metric": "acc", "higher_is_better": True, "original": 0.5, "error": error}
+    return replace(result(0.5, **fields), tasks=[task | ({} if value is None else {"run": value})])
+
+
+def test_a_row_has_the_mean_of_every_task_over_the_cells_that_have_it() -> None:
+    pools = {0: [0.30, 0.31, None], 1: [0.40, 0.42, 0.44]}
+    (row,) = rows(
+        [
+            scored(v, "" if v else "out of memory", selector="random", budget=8, pool_seed=p, seed=s)
+            for p, values in pools.items()
+            for s, v in enumerate(values)
+        ]
+    )
+    low, high = stats.t.interval(0.95, 1, 0.3625, stats.sem([0.305, 0.42]))
+    task = row.tasks["arc"]
+    assert (task.metric, task.higher_is_better, len(task.values), len(row.values)) == ("acc", True, 5, 6)
+    assert (task.mean, task.interval) == pytest.approx((0.3625, (high - low) / 2))
+
+
+def test_a_failed_task_is_told_for_its_cell_and_loses_nothing_else(
+    write_recipe: WriteRecipe, store: ArtifactStore
+) -> None:
+    recipe = load_recipe(write_recipe())
+    found = [scored(0.25, budget=2), scored(None, "run: out of <memory>\nat some line", budget=4)]
+    finished = Running(recipe, store, "covercal sweep").finish_sweep(found)
+    assert finished.failed == "1 task of cells failed; the first: arc failed: run: out of <memory>"
+    assert json.loads(finished.record.read_text())["state"] == "failed"
+    assert finished.summary["verdict"].endswith("1 task failed.")
+    assert [row["mean"] for row in finished.summary["rows"]] == [0.5, 0.5]
+    assert [found_words(each) for each in found] == [
+        "0.5000, arc 0.2500", "0.5000, arc failed: run: out of <memory>"
+    ]  # fmt: skip
+    page = read(finished.written[1].read_text())
+    section = page.by_id("failed-tasks").text
+    assert "1 failed task" in section
+    assert "budget 4: arc run: out of <memory> at some line" in section
+    assert "arc, acc: 0.2500" in page.by_id("cells").text
+
+
+def test_the_dashboard_shows_tasks_and_those_that_failed(
+    write_recipe: WriteRecipe, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: dict[str, Any] = {}
+    for kind in ("markdown", "table"):
+        monkeypatch.setattr(f"flows.dashboard.create_{kind}_artifact", lambda what, key, **_: shown.update({key: what}))
+    monkeypatch.setattr("flows.dashboard.create_image_artifact", lambda *_, **__: None)
+    found = [scored(0.25, budget=2), scored(None, "run: out of memory", budget=4), CellResult({}, error="it broke")]
+    show_sweep(Running(load_recipe(write_recipe()), store, "covercal sweep").finish_sweep(found))
+    assert "* selection.budget 4: arc failed: run: out of memory\n* : it broke" in shown["sweep"]
+    assert [row["arc"] for row in shown["rows"]] == [0.25, None]
+    results = [cell["result"] for cell in shown["cells"]]
+    assert results == ["0.5000, arc 0.2500", "0.5000, arc failed: run: out of memory", "it broke"]
+
+
+def test_tasks_have_columns_of_their_own_and_say_which_way_is_better(write_recipe: WriteRecipe) -> None:
+    recipe = load_recipe(write_recipe())
+    found = rows([scored(v, selector="random", budget=8, seed=s) for s, v in enumerate((0.25, 0.35))])
+    (column,) = [each for each in sweep_table(found).columns if each.header == "arc, acc ± 95%"]
+    assert list(column.cells) == [f"0.3000 ± {half_interval([0.25, 0.35]):.4f}"]
+    assert "Higher is better on arc." in table_words(recipe, found)
+    alone = rows([replace(scored(0.25, budget=8), scores=[])])
+    assert [each.header for each in sweep_table(alone).columns] == ["budget", "runs", "arc, acc ± 95%"]
+    assert table_words(recipe, alone) == ["Higher is better on arc."]
+
+
+def test_a_sweep_of_tasks_alone_keeps_and_shows_every_score(
+    command: Command, write_recipe: WriteRecipe, store: ArtifactStore, tmp_path: Path
+) -> None:
+    task = {"path": str(write_task(tmp_path / "tasks", CHOICES, "good.yaml")), "limit": 4}
+    tasks = [task, {**task, "limit": 5}, {**task, "shots": 1000}]
+    evaluation = {"divergence": [], "tasks": tasks, "task_models": ["original", "run"], "random": 0}
+    recipe = load_recipe(write_recipe(evaluation=evaluation, sweep={"selection.budget": [2, 4]}))
+    found = list(run_cells(cells(recipe), store, lambda cell: Direct(store, Recorder())))
+    for each in found:
+        good, more, bad = each.tasks
+        assert good["original"] >= 0
+        assert good["run"] >= 0
+        assert (more["task"], bad["task"]) == (f"{good['task']} #2", f"{good['task']} #3")
+        assert "run" not in bad
+        assert "1000" in bad["error"]
+    code, out, err = command("sweep", tmp_path / "recipe.yaml", "--output", tmp_path / "out")
+    assert code == 1
+    assert "2 tasks of cells failed; the first: " in err
+    name = found[0].tasks[0]["task"]
+    assert f"{name} {found[0].tasks[0]['run']:.4f}" in out
+    assert "Lower is better." not in out
+    value = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert value["verdict"].startswith(f"Best by task: {name} ")
+    assert [row["tasks"][name]["mean"] for row in value["rows"]] == [each.tasks[0]["run"] for each in found]
+    page = read((tmp_path / "out" / "sweep.html").read_text()).by_id("rows")
+    headers = [each.text for each in page.all("table")[0].all("th") if each.attributes.get("scope") == "col"]
+    assert headers[:2] == ["row", "runs"]
+    assert len(headers) == 4
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------
