@@ -1,6 +1,6 @@
 """The typed recipe: YAML in, frozen settings out, errors that name the field and the nearest valid name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -367,6 +367,18 @@ def with_fields(recipe: Recipe, fields: Mapping[str, Any]) -> dict[str, Any]:
     for name, wanted in fields.items():
         _set(value, name.split("."), deepcopy(wanted), f"sweep.{name}")
     return value
+
+
+def short_names(fields: Iterable[str]) -> dict[str, str]:
+    """Return every field as few of its last parts as tell it from the others: `bits`, but `damping.strength`."""
+    known = list(fields)
+    found = {}
+    for name in known:
+        parts = name.split(".")
+        tails = [".".join(parts[place:]) for place in reversed(range(len(parts)))]
+        others = [f".{other}" for other in known if other != name]
+        found[name] = next((tail for tail in tails if not any(each.endswith(f".{tail}") for each in others)), name)
+    return found
 
 
 def _override(value: Any, assignment: str) -> None:

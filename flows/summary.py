@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from covercal.recipe import Recipe
+from covercal.recipe import Recipe, short_names
 from flows.chain import Chain
 from flows.execution import WORST_FIRST, Event, Failed
 from flows.judging import EvaluatedTask, EvaluatedText, why_no_layers
@@ -218,7 +218,7 @@ def run_name(recipe: Recipe) -> str:
 
 def sweep_name(recipe: Recipe) -> str:
     """Return what people call a sweep, such as `smollm2-135m · selector, budget`."""
-    return f"{model_name(recipe)} · {', '.join(name.rsplit('.', 1)[-1] for name in recipe.sweep)}"
+    return f"{model_name(recipe)} · {', '.join(short_names(recipe.sweep).values())}"
 
 
 def model_name(recipe: Recipe) -> str:

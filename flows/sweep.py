@@ -17,7 +17,7 @@ from rich.table import Table
 
 from covercal.comparison import student_quantile
 from covercal.errors import CovercalError
-from covercal.recipe import Recipe, parse_recipe, plain, with_fields
+from covercal.recipe import Recipe, parse_recipe, plain, short_names, with_fields
 from covercal.selectors.registry import selector
 from flows.chain import run_chain
 from flows.execution import Execution
@@ -46,7 +46,8 @@ class Cell:
     @property
     def name(self) -> str:
         """Return what sets it apart, such as `coverage, 8, seed 0`."""
-        return ", ".join(f"{name.rsplit('.', 1)[-1]} {value}" for name, value in self.fields.items())
+        short = short_names(self.fields)
+        return ", ".join(f"{short[name]} {value}" for name, value in self.fields.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,8 +422,8 @@ def sweep_table(found: Sequence[Row]) -> Table:
     """Return one line for each group of cells that differ by a seed alone."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     names = list(dict.fromkeys(name for row in found for name in row.fields))
-    for name in names:
-        table.add_column(name.rsplit(".", 1)[-1], no_wrap=True)
+    for short in short_names(names).values():
+        table.add_column(short, no_wrap=True)
     measured, compared = (any(not math.isnan(getattr(row, n)) for row in found) for n in ("mean", "difference"))
     tasks = {name: task for row in found for name, task in row.tasks.items()}
     table.add_column("runs", justify="right")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from covercal.recipe import Recipe, Require
+from covercal.recipe import Recipe, Require, short_names
 
 LEVEL = 0.05  # a correlation with a larger p-value is called none
 
@@ -125,7 +125,8 @@ def _change(row: dict[str, Any]) -> float:
 
 
 def _row_words(row: dict[str, Any]) -> str:
-    return ", ".join(f"{name.rsplit('.', 1)[-1]} {value}" for name, value in row["fields"].items())
+    short = short_names(row["fields"])
+    return ", ".join(f"{short[name]} {value}" for name, value in row["fields"].items())
 
 
 def explanation(linears: Sequence[dict[str, Any]], correlation: tuple[float, float] | None) -> str:

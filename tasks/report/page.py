@@ -26,7 +26,7 @@ from tasks.report.results import (
     sweep_facts,
     task_groups,
 )
-from tasks.report.sweep_fields import SEEDS, row_name, setting
+from tasks.report.sweep_fields import SEEDS, row_name, settings
 
 TEMPLATES: Final = "templates"
 WORST_LINEARS: Final = 10
@@ -227,8 +227,7 @@ def _sweep_row(row: Mapping[str, Any], tasks: Sequence[str]) -> SweepRow:
 
 
 def _cell_name(fields: Mapping[str, Any]) -> str:
-    seeds = [setting(name, fields[name]) for name in SEEDS if name in fields]
-    return ", ".join([row_name(dict(fields)), *seeds])
+    return ", ".join([row_name(dict(fields)), *settings(fields, [name for name in SEEDS if name in fields])])
 
 
 def _task_name(task: str, metric: str) -> str:

@@ -29,6 +29,7 @@ from covercal.recipe import (
     load_recipe,
     parse_recipe,
     plain,
+    short_names,
 )
 from covercal.selectors.registry import SELECTORS
 from covercal.thresholds import RULES, WEIGHTINGS
@@ -758,6 +759,29 @@ def test_a_data_set_folder_beside_the_recipe_becomes_absolute(tmp_path: Path) ->
     (tmp_path / "texts").mkdir()
     value = with_fields({"pool.sources.0": {"hub": "texts"}})
     assert load_recipe(written(tmp_path, value)).pool.sources[0].hub == str(tmp_path / "texts")
+
+
+# --- names of fields -----------------------------------------------------------------------------------------------
+
+
+def test_short_names_are_the_last_parts_that_tell_fields_apart() -> None:
+    fields = {
+        "quantization.bits": "bits",
+        "quantization.shrinkage.strength": "shrinkage.strength",
+        "quantization.damping.strength": "damping.strength",
+        "pool.sources.0.path": "sources.0.path",
+        "evaluation.divergence.0.path": "divergence.0.path",
+        "pool.seed": "pool.seed",
+        "selection.seed": "selection.seed",
+    }
+    assert short_names(fields) == fields
+
+
+@given(st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(".".join), unique=True))
+def test_short_names_are_ends_of_fields_and_all_different(fields: list[str]) -> None:
+    found = short_names(fields)
+    assert len(set(found.values())) == len(fields)
+    assert all(f".{name}".endswith(f".{short}") for name, short in found.items())
 
 
 # --- as it is shown -------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from flows.execution import Direct, Recorder
 from flows.inputs import check_model
 from flows.record import Running
 from flows.report import Took, write_sweep
-from flows.summary import summarize
+from flows.summary import summarize, sweep_name
 from flows.sweep import (
     CellResult,
     against_random,
@@ -121,6 +121,25 @@ def test_a_swept_method_brings_all_that_its_preset_says(write_recipe: WriteRecip
         assert recipe == read
         found = {cell.recipe.quantization.method: cell.recipe.quantization for cell in cells(recipe)}
         assert found == {name: Quantization(**{**quantization, "method": name}) for name in methods}
+
+
+def test_two_swept_fields_of_one_last_name_are_told_apart(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write_recipe(
+            quantization={"method": "gptq"},
+            sweep={"quantization.shrinkage.strength": [0.1], "quantization.damping.strength": [0.01], "pool.seed": [3]},
+        )
+    )
+    (cell,) = cells(recipe)
+    assert cell.name == "shrinkage.strength 0.1, damping.strength 0.01, seed 3"
+    assert sweep_name(recipe) == "model · shrinkage.strength, damping.strength, seed"
+    found = [replace(result(0.5), fields=cell.fields)]
+    columns = [column.header for column in sweep_table(rows(found)).columns]
+    assert columns[:2] == ["shrinkage.strength", "damping.strength"]
+    summary = sweep_summary(recipe, found)
+    assert "shrinkage.strength 0.1, damping.strength 0.01" in summary["verdict"]
+    page = read(write_sweep(tmp_path / "out", summary, TOOK)[1].read_text())
+    assert "shrinkage.strength 0.1, damping.strength 0.01, seed 3" in page.by_id("cells").text
 
 
 # --- intervals -----------------------------------------------------------------------------------------------------
