@@ -202,6 +202,17 @@ def test_linears_err_on_held_out_inputs_about_as_on_those_they_were_calibrated_w
     assert sum(each[2] for each in sites) > 0 or covered == 1.0
 
 
+def test_errors_are_not_explained_by_samples_that_the_method_does_not_read(
+    write_recipe: WriteRecipe, store: ArtifactStore
+) -> None:
+    _, summary, _ = run_here(write_recipe(), store, "quantization.method=cached")
+    assert any(row["uncovered"] for row in summary["layers"]["linears"])
+    assert summary["layers"]["correlation"] is None
+    assert summary["layers"]["explanation"] == (
+        "cached reads no chosen sample, so no error here comes from what they miss."
+    )
+
+
 def test_a_method_that_scales_inputs_has_no_view_of_linears(write_recipe: WriteRecipe, store: ArtifactStore) -> None:
     chain, summary, _ = run_here(write_recipe(quantization={"method": "awq", "bits": 4, "group_size": 16}), store)
     assert chain.layers is summary["layers"] is None
