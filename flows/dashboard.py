@@ -16,7 +16,7 @@ from prefect.artifacts import (
 from flows.audit import audit_lines
 from flows.execution import Event
 from flows.record import Finished, FinishedSweep
-from flows.summary import selection_lines, stage_rows
+from flows.summary import first_set_words, no_score, selection_lines, stage_rows
 from flows.sweep import CellResult, found_words, task_failures
 from storage.artifacts import ArtifactStore
 from tasks.figures import read_figures
@@ -119,9 +119,9 @@ def result_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
                 numbers = {words: round(text[model]["all"][measure], 5) for model, words in models.items()}
                 rows.append({"on": text["text"], "measure": measure, **numbers})
     for task in summary["tasks"]:
-        missing = "failed" if task["error"] else "not scored"
-        numbers = {words: task["scores"].get(model, {}).get("value", missing) for model, words in models.items()}
-        rows.append({"on": task["task"], "measure": task.get("metric", ""), **numbers})
+        scores = task["scores"]
+        numbers = {w: scores[m]["value"] if m in scores else no_score(task, m) for m, w in models.items()}
+        rows.append({"on": task["task"], "measure": task.get("metric", "") + first_set_words(task), **numbers})
     return rows
 
 
