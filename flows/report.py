@@ -36,7 +36,7 @@ class Concluded:
     figures
         The report artifact; None where a run ends before it.
     made
-        Seconds that making each row once took, whoever made it and when.
+        See `build_times`.
     """
 
     summary: dict[str, Any]
@@ -73,9 +73,13 @@ def _parts(chain: Chain) -> list[Any]:
 
 
 def build_times(store: ArtifactStore, events: Sequence[Event]) -> dict[str, float]:
-    """Return the seconds that making each row once took, whoever made it and when."""
+    """Return the seconds that making each row once took, whoever made it and when.
+
+    An artifact that stands in two rows counts in the first alone: together the rows are what making everything takes.
+    """
     found: dict[str, float] = {}
-    for event in events:
+    once = {(event.stage, event.key): event for event in reversed(events)}
+    for event in (each for each in events if once[each.stage, each.key] is each):
         manifest = store.look_up(event.stage, event.key).manifest if event.key else None
         if manifest is not None:
             found[event.label] = round(found.get(event.label, 0.0) + manifest.seconds, 3)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,7 @@ from flows.execution import Direct, Recorder
 from flows.inputs import identify
 from flows.plan import plan
 from flows.record import Finished
-from flows.report import conclude
+from flows.report import build_times, conclude
 from flows.run import execute
 from flows.summary import stage_rows
 from storage.artifacts import ArtifactStore
@@ -334,6 +335,19 @@ def test_the_command_line_runs_the_flow_then_answers_from_the_store(
     assert [record.state for record in records] == ["completed", "completed"]
     assert {stage.decision for stage in records[1].stages} == {"hit"}
     assert all(stage.reason for record in records for stage in record.stages)
+
+
+def test_an_artifact_that_stands_in_two_rows_took_its_time_once(
+    store: ArtifactStore, write_recipe: WriteRecipe
+) -> None:
+    recorder = Recorder()
+    recipe = load_recipe(write_recipe())
+    run_chain(recipe, identify(recipe, store), Direct(store, recorder), until="selection")
+    again = [replace(event, label=f"{event.label} again") for event in recorder.events if event.label == "selection"]
+    found = build_times(store, [*recorder.events, *again])
+    assert found == build_times(store, recorder.events)
+    manifests = list(store.manifests())
+    assert sum(found.values()) == pytest.approx(sum(each.seconds for each in manifests), abs=0.001 * len(manifests))
 
 
 def test_the_flow_gets_of_the_quantisation_what_was_given(
