@@ -62,7 +62,8 @@ def quantization_summary(recipe: Recipe, chain: Chain, store: ArtifactStore) -> 
     manifest = store.manifest(chain.checkpoint)
     table = read_table(store.path(chain.checkpoint) / LINEARS).to_pylist()
     errors = [row["output_error"] for row in table if row["output_error"] is not None]
-    worst = max(table, key=lambda row: row["output_error"] or row["weight_error"])
+    measure = "output_error" if errors else "weight_error"  # the two are of different sizes
+    worst = max((row for row in table if row[measure] is not None), key=lambda row: row[measure])
     bytes_now = _weight_bytes(store, chain.checkpoint)
     settings = recipe.quantization
     return {
@@ -73,7 +74,8 @@ def quantization_summary(recipe: Recipe, chain: Chain, store: ArtifactStore) -> 
         "linears": len(table),
         "mean_output_error": float(np.mean(errors)) if errors else None,
         "worst_linear": worst["name"],
-        "worst_error": worst["output_error"] or worst["weight_error"],
+        "worst_error": worst[measure],
+        "worst_measure": measure,
         "average_bits": manifest.info["average_bits"],
         "format": manifest.info["format"],
         "why_dense": manifest.info["why_dense"],

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,18 @@ from flows.dashboard import result_rows
 from flows.execution import FAILED, Direct, Event, Failed, Recorder
 from flows.inputs import identify
 from flows.report import conclude
-from flows.summary import result_table
+from flows.summary import quantization_summary, result_table
 from storage.artifacts import ArtifactStore
 from storage.tables import read_table
 from tasks.layers import read_layer_errors
 from tasks.quantize import LINEARS
-from tasks.report import run_left_out
+from tasks.report import run_left_out, run_page
 from tasks.report.results import task_groups
 from tasks.report.score_figures import task_scores
 from tests.covercal.test_language_tasks import CHOICES, write_task
 from tests.flows.test_cli import Command, command
+from tests.tasks.report.reading import read
+from tests.tasks.report.summaries import run_summary
 
 __all__ = ["command"]
 
@@ -244,6 +247,33 @@ def test_linears_err_on_held_out_inputs_about_as_on_those_they_were_calibrated_w
     covered = summary["selection"]["coverage"]
     sites = {(row["block"], row["outlier_channels"], row["uncovered"]) for row in rows}
     assert sum(each[2] for each in sites) > 0 or covered == 1.0
+
+
+@pytest.mark.parametrize(
+    ("output_errors", "measure", "worst", "shown"),
+    [((0.2, None, 0.0), "output_error", "a", "Output error 0.1"), ((None,) * 3, "weight_error", "b", "Weight error")],
+)
+def test_the_worst_linear_is_that_of_one_measure(
+    write_recipe: WriteRecipe,
+    store: ArtifactStore,
+    monkeypatch: pytest.MonkeyPatch,
+    output_errors: tuple[float | None, ...],
+    measure: str,
+    worst: str,
+    shown: str,
+) -> None:
+    recipe = load_recipe(write_recipe(evaluation={"divergence": [], "random": 0}))
+    chain = run_chain(recipe, identify(recipe, store), Direct(store, Recorder()))
+    rows = [
+        {"name": name, "output_error": output, "weight_error": weight}
+        for name, output, weight in zip("abc", output_errors, (0.1, 0.9, 0.5), strict=True)
+    ]
+    monkeypatch.setattr("flows.summary.read_table", lambda *_: SimpleNamespace(to_pylist=lambda: rows))
+    found = quantization_summary(recipe, chain, store)
+    assert (found["worst_linear"], found["worst_measure"]) == (worst, measure)
+    assert found["worst_error"] == max(row[measure] for row in rows if row[measure] is not None)
+    page = read(run_page(run_summary(quantization=found), []))
+    assert shown in page.text
 
 
 def test_errors_are_not_explained_by_samples_that_the_method_does_not_read(
