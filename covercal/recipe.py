@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from covercal.errors import InputError
-from covercal.quantization_settings import Dtype, Quantization
+from covercal.quantization_settings import SECTIONS, Dtype, Quantization
 from covercal.recipe_errors import sentences
 from covercal.section import Section, one_of
 from covercal.selectors.registry import SELECTORS
@@ -405,9 +405,17 @@ def _set(value: Any, names: Sequence[str], wanted: Any, asked: str) -> None:
         at: Any = int(name) if isinstance(here, list) else name
         if depth == len(names) - 1:
             here[at] = wanted
-        elif isinstance(here, dict) and here.get(at) is None:
-            here[at] = {}
+        elif isinstance(here, dict):
+            here[at] = _opened(names[: depth + 1], here.get(at))
         here = here[at]
+
+
+def _opened(names: Sequence[str], value: Any) -> Any:
+    """Return a section that a field is to be set in: an empty one where there is none, a short form spelled out."""
+    if value is None:
+        return {}
+    is_choice = len(names) == 2 and names[0] == "quantization" and names[1] in SECTIONS
+    return SECTIONS[names[1]].spelled_out(value) if is_choice else value
 
 
 def _expanded(path: str) -> Path:

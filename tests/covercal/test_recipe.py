@@ -667,6 +667,25 @@ def test_an_override_opens_a_section_that_is_empty(tmp_path: Path) -> None:
     assert (loaded.require.divergence, loaded.outliers.k) == (Bar(max=0.1), 5.0)
 
 
+@pytest.mark.parametrize(
+    ("given", "assignment", "spelled_out"),
+    [
+        (
+            {"shrinkage": 0.3},
+            "quantization.shrinkage.towards=pool",
+            {"shrinkage": {"strength": 0.3, "towards": "pool"}},
+        ),
+        ({"shrinkage": 0.3}, "quantization.shrinkage.strength=0.1", {"shrinkage": {"strength": 0.1}}),
+        ({"rounding": "beam"}, "quantization.rounding.width=8", {"rounding": {"kind": "beam", "width": 8}}),
+    ],
+)
+def test_an_override_inside_a_short_form_is_one_inside_what_it_stands_for(
+    tmp_path: Path, given: dict[str, Any], assignment: str, spelled_out: dict[str, Any]
+) -> None:
+    found = load_recipe(written(tmp_path, {**SMALLEST, "quantization": given}), [assignment])
+    assert found == load_recipe(written(tmp_path, {**SMALLEST, "quantization": spelled_out}))
+
+
 def test_an_override_inside_a_single_value_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"`model\.source` is a single value and has no fields"):
         load_recipe(written(tmp_path, SMALLEST), ["model.source.name=3"])
