@@ -314,7 +314,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         Naming the file or the field, and what would be right.
     """
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = _read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"There is no recipe file {path}.") from None
     except (OSError, UnicodeDecodeError) as cause:
@@ -324,6 +324,25 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(value, dict):
         raise InputError(f"Recipe {path} must be a mapping of sections such as `model:` and `pool:`.")
     return parse_recipe(value, path.parent.absolute(), str(path), overrides)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain YAML, and refuses a name that a mapping has twice: the first of the two would be lost in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key in (each for each, _ in node.value if isinstance(each, yaml.ScalarNode)):
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                said = f"line {line} gives `{key.value}` again, after line {lines[name]}; keep one of the two."
+                raise yaml.YAMLError(said)
+            lines[name] = line
+        return node
+
+
+def _read_yaml(text: str) -> Any:
+    return _Loader(text).get_single_data()
 
 
 def parse_recipe(value: Mapping[str, Any], folder: Path, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
@@ -388,7 +407,7 @@ def _override(value: Any, assignment: str) -> None:
     if not equals or not all(names):
         raise InputError(f"--set {assignment}: write it as section.field=value, for example selection.budget=16.")
     try:
-        parsed = yaml.safe_load(text)
+        parsed = _read_yaml(text)
     except yaml.YAMLError as cause:
         raise InputError(f"--set {assignment}: the value is not valid YAML: {cause}") from cause
     _set(value, names, parsed, f"--set {assignment}")

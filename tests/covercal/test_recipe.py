@@ -641,6 +641,37 @@ def test_an_override_of_another_form_is_shown_how_to_write_it(tmp_path: Path, as
     assert f"--set {assignment}: write it as section.field=value, for example selection.budget=16." in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("model: {source: a}\npool:\n  samples: 3\npool: {seed: 1}", "line 4 gives `pool` again, after line 2"),
+        ("pool:\n  samples: 3\n  seed: 1\n  samples: 4", "line 4 gives `samples` again, after line 2"),
+        ("pool: {samples: 3, samples: 3}", "line 1 gives `samples` again, after line 1"),
+    ],
+)
+def test_a_section_or_field_that_is_there_twice_is_refused_with_its_lines(
+    tmp_path: Path, text: str, sentence: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == f"Recipe {path} is not valid YAML: {sentence}; keep one of the two."
+
+
+def test_an_override_that_gives_a_field_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--set selection=.*: line 1 gives `budget` again"):
+        load_recipe(written(tmp_path, SMALLEST), ["selection={budget: 1, budget: 2}"])
+
+
+def test_a_recipe_may_use_one_block_twice(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    blocks = "evaluation:\n  perplexity: [&text {path: a.txt, window: 8}, {<<: *text, window: 16}]\n"
+    path.write_text(yaml.safe_dump(SMALLEST) + blocks, encoding="utf-8")
+    found = load_recipe(path).evaluation.perplexity
+    assert [(text.path, text.window) for text in found] == [(f"{tmp_path}/a.txt", 8), (f"{tmp_path}/a.txt", 16)]
+
+
 def test_an_override_whose_value_is_no_yaml_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--set pool.sequence_length=\[32: the value is not valid YAML"):
         load_recipe(written(tmp_path, SMALLEST), ["pool.sequence_length=[32"])
