@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -305,7 +306,7 @@ def main() -> None:
 
 def _fail(error: Exception | str, code: int) -> NoReturn:
     if "--verbose" in sys.argv and isinstance(error, Exception):
-        raise error
+        traceback.print_exception(error)
     Console(file=sys.stderr, soft_wrap=True, highlight=False).print(f"[bold red]error[/bold red] {escape(str(error))}")
     sys.exit(code)
 

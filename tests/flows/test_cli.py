@@ -40,6 +40,13 @@ def test_an_unknown_field_exits_with_2_and_names_the_nearest(command: Command, w
     assert "there is no field `selection.budgte`; did you mean `selection.budget`?" in err
 
 
+def test_verbose_shows_the_traceback_and_keeps_the_exit_code(command: Command, write_recipe: WriteRecipe) -> None:
+    code, _, err = command("run", write_recipe(selection={"budgte": 3}), "--verbose")
+    assert code == 2
+    assert "Traceback (most recent call last)" in err
+    assert err.rpartition("error ")[2].startswith("Recipe ")
+
+
 def test_an_override_of_an_unknown_field_exits_with_2(command: Command, write_recipe: WriteRecipe) -> None:
     code, _, err = command("plan", write_recipe(), "--set", "quantization.bit=3")
     assert code == 2
