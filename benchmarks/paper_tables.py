@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ class Cells:
         for cell, result in zip(new, found, strict=True):
             self._found[self._key(cell)] = result
         results = [(cell, self._found[self._key(cell)]) for cell in wanted]
-        return [CellResult(cell.fields, r.measures, r.quantization, r.scores, r.error) for cell, r in results]
+        return [replace(found, fields=cell.fields) for cell, found in results]
 
     def _take_given(self, cell: Cell) -> bool:
         """Return whether a cell was found before, or is among the given ones; those become found."""

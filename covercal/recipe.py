@@ -1,6 +1,6 @@
 """The typed recipe: YAML in, frozen settings out, errors that name the field and the nearest valid name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -9,12 +9,13 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from covercal.errors import InputError
-from covercal.quantization_settings import Dtype, Quantization
+from covercal.quantization_settings import SECTIONS, Dtype, Quantization
 from covercal.recipe_errors import sentences
 from covercal.section import Section, one_of
 from covercal.selectors.registry import SELECTORS
 from covercal.thresholds import RULES, WEIGHTINGS
 
+READ = ("pool.sources", "evaluation.perplexity", "evaluation.divergence", "evaluation.tasks")  # lists of what is read
 NOT_DRAWN = {"random": "it is always drawn, as a band", "given": "its samples are a list in the recipe"}
 
 
@@ -313,7 +314,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         Naming the file or the field, and what would be right.
     """
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = _read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"There is no recipe file {path}.") from None
     except (OSError, UnicodeDecodeError) as cause:
@@ -323,6 +324,25 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(value, dict):
         raise InputError(f"Recipe {path} must be a mapping of sections such as `model:` and `pool:`.")
     return parse_recipe(value, path.parent.absolute(), str(path), overrides)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain YAML, and refuses a name that a mapping has twice: the first of the two would be lost in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key in (each for each, _ in node.value if isinstance(each, yaml.ScalarNode)):
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                said = f"line {line} gives `{key.value}` again, after line {lines[name]}; keep one of the two."
+                raise yaml.YAMLError(said)
+            lines[name] = line
+        return node
+
+
+def _read_yaml(text: str) -> Any:
+    return _Loader(text).get_single_data()
 
 
 def parse_recipe(value: Mapping[str, Any], folder: Path, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
@@ -340,53 +360,81 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, name: str = "recipe", o
         recipe = Recipe.model_validate(changed)
     except ValidationError as error:
         raise InputError(f"Recipe {name}: " + "; ".join(sentences(error, Recipe))) from None
-    return _absolute(recipe, folder)
+    return Recipe.model_validate(_absolute("", plain(recipe), folder))
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as plain JSON, of the quantisation only what was given: the rest is its method's to say."""
+    """Return a recipe as plain JSON, of the quantisation only its method and what was given: the rest the method says.
+
+    This is how a recipe is shown, kept and handed on: with another method, it means what its author would have meant.
+    """
     value = recipe.model_dump(mode="json")
-    return value | {"quantization": recipe.quantization.model_dump(mode="json", exclude_unset=True)}
+    given = recipe.quantization.model_dump(mode="json", exclude_unset=True)
+    return value | {"quantization": {"method": recipe.quantization.method, **given}}
 
 
 def with_fields(recipe: Recipe, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe as plain JSON with some fields (`section.field`) set, and without its sweep."""
+    """Return a recipe as plain JSON with some fields (`section.field`) of its sweep set, and without the sweep.
+
+    Raises
+    ------
+    InputError
+        When a field is inside a single value, or names no entry of a list.
+    """
     value = plain(recipe)
     del value["sweep"]
     for name, wanted in fields.items():
-        here = value
-        *sections, last = name.split(".")
-        for each in sections:
-            here = here[int(each)] if isinstance(here, list) else here.setdefault(each, {})
-        here[int(last) if isinstance(here, list) else last] = wanted
+        _set(value, name.split("."), deepcopy(wanted), f"sweep.{name}")
     return value
+
+
+def short_names(fields: Iterable[str]) -> dict[str, str]:
+    """Return every field as few of its last parts as tell it from the others: `bits`, but `damping.strength`."""
+    known = list(fields)
+    found = {}
+    for name in known:
+        parts = name.split(".")
+        tails = [".".join(parts[place:]) for place in reversed(range(len(parts)))]
+        others = [f".{other}" for other in known if other != name]
+        found[name] = next((tail for tail in tails if not any(each.endswith(f".{tail}") for each in others)), name)
+    return found
 
 
 def _override(value: Any, assignment: str) -> None:
     path, equals, text = assignment.partition("=")
-    names = path.strip().split(".")
+    section, _, swept = path.strip().partition(".")
+    names = [section, swept] if section == "sweep" and swept else path.strip().split(".")
     if not equals or not all(names):
         raise InputError(f"--set {assignment}: write it as section.field=value, for example selection.budget=16.")
     try:
-        parsed = yaml.safe_load(text)
+        parsed = _read_yaml(text)
     except yaml.YAMLError as cause:
         raise InputError(f"--set {assignment}: the value is not valid YAML: {cause}") from cause
-    here: Any = value
-    for name in names[:-1]:
-        here = here.setdefault(name, {}) if isinstance(here, dict) else _list_entry(here, name, assignment)
-    if isinstance(here, list):
-        _list_entry(here, names[-1], assignment)
-        here[int(names[-1])] = parsed
-    elif isinstance(here, dict):
-        here[names[-1]] = parsed
-    else:
-        raise InputError(f"--set {assignment}: `{'.'.join(names[:-1])}` is a single value and has no fields.")
+    _set(value, names, parsed, f"--set {assignment}")
 
 
-def _list_entry(here: Any, name: str, assignment: str) -> Any:
-    if isinstance(here, list) and name.isdecimal() and int(name) < len(here):
-        return here[int(name)]
-    raise InputError(f"--set {assignment}: there is no `{name}` there; a list entry is named by its number from 0.")
+def _set(value: Any, names: Sequence[str], wanted: Any, asked: str) -> None:
+    """Set one field of a plain recipe; `asked` begins the error."""
+    here = value
+    for depth, name in enumerate(names):
+        if not isinstance(here, dict | list):
+            raise InputError(f"{asked}: `{'.'.join(names[:depth])}` is a single value and has no fields.")
+        if isinstance(here, list) and not (name.isdecimal() and int(name) < len(here)):
+            raise InputError(f"{asked}: there is no `{name}` there; a list entry is named by its number from 0.")
+        at: Any = int(name) if isinstance(here, list) else name
+        if depth == len(names) - 1:
+            here[at] = wanted
+        elif isinstance(here, dict):
+            here[at] = _opened(names[: depth + 1], here.get(at))
+        here = here[at]
+
+
+def _opened(names: Sequence[str], value: Any) -> Any:
+    """Return a section that a field is to be set in: an empty one where there is none, a short form spelled out."""
+    if value is None:
+        return {}
+    is_choice = len(names) == 2 and names[0] == "quantization" and names[1] in SECTIONS
+    return SECTIONS[names[1]].spelled_out(value) if is_choice else value
 
 
 def _expanded(path: str) -> Path:
@@ -396,28 +444,21 @@ def _expanded(path: str) -> Path:
         raise InputError(f"{path}: there is no user of that name to take a home folder from.") from None
 
 
-def _absolute(recipe: Recipe, folder: Path) -> Recipe:
-    def place(path: str | None) -> str | None:
-        return None if path is None else str((folder / _expanded(path)).absolute())
+def _absolute(field: str, value: Any, folder: Path) -> Any:
+    """Return the plain value of a field, or of a whole recipe, with the paths in it made absolute against `folder`."""
+    if isinstance(value, dict):
+        inside = "" if field in ("", "sweep") else f"{field}."  # the names in `sweep` are those of whole fields
+        return {name: _absolute(f"{inside}{name}", each, folder) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_absolute(field, each, folder) for each in value]
+    return str((folder / _expanded(value)).absolute()) if _is_place(field, value, folder) else value
 
-    def moved(source: Any) -> Any:
-        hub = getattr(source, "hub", None)
-        is_folder = hub is not None and (folder / hub).is_dir()
-        return source.model_copy(update={"path": place(source.path)} | ({"hub": place(hub)} if is_folder else {}))
 
-    model_path = folder / _expanded(recipe.model.source)
-    is_local = model_path.exists() or recipe.model.source.endswith(".gguf")
-    source = str(model_path.absolute()) if is_local else recipe.model.source
-    return recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"source": source}),
-            "pool": recipe.pool.model_copy(update={"sources": tuple(map(moved, recipe.pool.sources))}),
-            "evaluation": recipe.evaluation.model_copy(
-                update={
-                    "perplexity": tuple(map(moved, recipe.evaluation.perplexity)),
-                    "divergence": tuple(map(moved, recipe.evaluation.divergence)),
-                    "tasks": tuple(map(moved, recipe.evaluation.tasks)),
-                }
-            ),
-        }
-    )
+def _is_place(field: str, value: Any, folder: Path) -> bool:
+    """Return whether the value of a field names a file or folder."""
+    section, _, last = ".".join(part for part in field.split(".") if not part.isdecimal()).rpartition(".")
+    if not isinstance(value, str):
+        return False
+    if (section, last) == ("model", "source"):
+        return value.endswith(".gguf") or (folder / _expanded(value)).exists()
+    return section in READ and (last == "path" or (last == "hub" and (folder / value).is_dir()))

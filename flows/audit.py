@@ -85,12 +85,16 @@ def audit_lines(found: dict[str, Any]) -> list[str]:
     mix = ", ".join(f"{count} {name}" for name, count in domains)
     pairs = found["samples"] > 1 and found["outlier_channels"] > 0
     alike = f"two samples share {found['jaccard']:.1%} of the channels that either fires; " if pairs else ""
+    beside, weighs = "as many random samples of the pool", f"random: {found['random_weighted_coverage']:.1%}"
+    weighs += f", chosen by coverage: {found['chosen_weighted_coverage']:.1%}"
+    if found["samples"] >= found["pool_samples"]:  # as many are all that there are, however they are chosen
+        beside = f"all {found['pool_samples']} samples of the pool"
+        weighs = f"all of the pool: {found['random_weighted_coverage']:.1%}"
     lines = [
         f"Set          {found['samples']} sample{'s' if found['samples'] > 1 else ''}: {mix}",
         f"Coverage     {found['coverage']:.1%} of {found['outlier_channels']:,} outlier channels of the pool; "
-        f"as many random samples of the pool: {found['random_coverage']:.1%}",
-        f"             {found['weighted_coverage']:.1%} of their weight; random: "
-        f"{found['random_weighted_coverage']:.1%}, chosen by coverage: {found['chosen_weighted_coverage']:.1%}",
+        f"{beside}: {found['random_coverage']:.1%}",
+        f"             {found['weighted_coverage']:.1%} of their weight; {weighs}",
         f"Likeness     {alike}Gram diagonals {found['gram_distance']:.1%} off the pool's",
     ]
     if found["dropped"]:

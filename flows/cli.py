@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -154,7 +155,7 @@ def sweep(
     """Run the grid in the recipe's `sweep:`: shared stages once, one report. A failing cell loses no other."""
     from covercal.recipe import load_recipe
     from flows.run import execute_sweep
-    from flows.sweep import rows, sweep_table
+    from flows.sweep import rows, sweep_table, table_words
 
     console = new_console(as_json)
     typed = load_recipe(recipe, overrides or [])
@@ -166,13 +167,8 @@ def sweep(
     console.print()
     found = rows(finished.results)
     console.print(sweep_table(found))
-    console.print(
-        "Lower is better. Below zero: better than a random set of that size; beats: share of random sets that do worse."
-        if any(row.fields.get("selection.selector") == "random" for row in found)
-        else "Lower is better. With `random` among the selectors, each is compared with chance.",
-        highlight=False,
-        soft_wrap=True,
-    )
+    for line in table_words(typed, found):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     for each in finished.written:
         console.print(f"Written      {each}", soft_wrap=True, highlight=False)
     console.print(f"Record       {finished.record}", soft_wrap=True, highlight=False)
@@ -320,7 +316,7 @@ def main() -> None:
 
 def _fail(error: Exception | str, code: int) -> NoReturn:
     if "--verbose" in sys.argv and isinstance(error, Exception):
-        raise error
+        traceback.print_exception(error)
     Console(file=sys.stderr, soft_wrap=True, highlight=False).print(f"[bold red]error[/bold red] {escape(str(error))}")
     sys.exit(code)
 

@@ -16,8 +16,8 @@ from prefect.artifacts import (
 from flows.audit import audit_lines
 from flows.execution import Event
 from flows.record import Finished, FinishedSweep
-from flows.summary import selection_lines, stage_rows
-from flows.sweep import main_number
+from flows.summary import first_set_words, no_score, selection_lines, stage_rows
+from flows.sweep import CellResult, found_words, task_failures
 from storage.artifacts import ArtifactStore
 from tasks.figures import read_figures
 
@@ -46,17 +46,22 @@ def show_sweep(finished: FinishedSweep) -> None:
     from tasks.report import sweep_figures
 
     summary = finished.summary
-    failed = [f"* {_fields(cell)}: {cell['error'].splitlines()[0]}" for cell in summary["cells"] if cell["error"]]
+    failed = [f"* {_fields(cell)}: {line}" for cell in summary["cells"] for line in _failures(CellResult(**cell))]
     page = finished.written[1]
     lines = [f"**{summary['verdict']}**", "", *failed, "", report_words(page)]
     create_markdown_artifact("\n".join(lines), key="sweep", description="Verdict")
+    tasks = list(dict.fromkeys(name for row in summary["rows"] for name in row["tasks"]))
     rows = [
-        {**row["fields"], **{name: row[name] for name in ("mean", "interval", "difference", "difference_interval")}}
+        {
+            **row["fields"],
+            **{name: row[name] for name in ("mean", "interval", "difference", "difference_interval")},
+            **{name: row["tasks"].get(name, {}).get("mean") for name in tasks},
+        }
         for row in summary["rows"]
     ]
     if rows:
         create_table_artifact(rows, key="rows", description=f"{summary['measure']}; difference: from random choice")
-    cells = [{**cell["fields"], "result": _cell_result(cell)} for cell in summary["cells"]]
+    cells = [{**cell["fields"], "result": found_words(CellResult(**cell))} for cell in summary["cells"]]
     create_table_artifact(cells, key="cells", description="One row for each cell")
     _show_figures(sweep_figures(summary))
     _link_report(page)
@@ -93,8 +98,9 @@ def _fields(cell: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in cell["fields"].items())
 
 
-def _cell_result(cell: dict[str, Any]) -> Any:
-    return cell["error"].splitlines()[0] if cell["error"] else main_number(cell["scores"])
+def _failures(cell: CellResult) -> list[str]:
+    """Return the first line of a cell's error, else a line for every task of it that failed."""
+    return cell.error.splitlines()[:1] or task_failures([cell])
 
 
 def _show_figures(figures: Sequence["Figure"]) -> None:
@@ -113,9 +119,9 @@ def result_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
                 numbers = {words: round(text[model]["all"][measure], 5) for model, words in models.items()}
                 rows.append({"on": text["text"], "measure": measure, **numbers})
     for task in summary["tasks"]:
-        missing = "failed" if task["error"] else "not scored"
-        numbers = {words: task["scores"].get(model, {}).get("value", missing) for model, words in models.items()}
-        rows.append({"on": task["task"], "measure": task.get("metric", ""), **numbers})
+        scores = task["scores"]
+        numbers = {w: scores[m]["value"] if m in scores else no_score(task, m) for m, w in models.items()}
+        rows.append({"on": task["task"], "measure": task.get("metric", "") + first_set_words(task), **numbers})
     return rows
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from covercal.errors import EvaluationError
-from covercal.recipe import Recipe
+from covercal.recipe import Recipe, plain
 from flows.execution import Recorder
 from flows.report import Concluded, Took, lean, told, write_page, write_sweep
 from flows.requirements import shortcomings
-from flows.sweep import CellResult, sweep_summary
+from flows.sweep import CellResult, sweep_summary, task_failures
 from storage.artifacts import ArtifactStore
 from storage.manifest import Ref
 from storage.runs import RunRecord, StageRecord, new_run_name, write_run
@@ -72,11 +72,13 @@ class FinishedSweep:
 
     @property
     def failed(self) -> str:
-        """Return a sentence about the cells that failed; empty when none did."""
-        broken = [each for each in self.results if each.error]
-        if not broken:
-            return ""
-        return f"{len(broken)} of {len(self.results)} cells failed; the first: {broken[0].error.splitlines()[0]}"
+        """Return sentences about the cells, and the tasks of others, that failed; empty when none did."""
+        broken = [each.error.splitlines()[0] for each in self.results if each.error]
+        tasks = task_failures(self.results)
+        said = [f"{len(broken)} of {len(self.results)} cells failed; the first: {broken[0]}"] if broken else []
+        if tasks:
+            said.append(f"{len(tasks)} task{'s' * (len(tasks) != 1)} of cells failed; the first: {tasks[0]}")
+        return "\n".join(said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +124,9 @@ class Running:
 
     def finish_sweep(self, results: list[CellResult], output: Path | None = None) -> FinishedSweep:
         """Write the record of a sweep, and its report to `output`, by default among the store's reports."""
-        failed = sum(bool(each.error) for each in results)
-        record = self._write("failed" if failed else "completed", {"cells": len(results), "failed": failed}, None)
+        failed = {"failed": sum(bool(each.error) for each in results), "failed_tasks": len(task_failures(results))}
+        state = "failed" if any(failed.values()) else "completed"
+        record = self._write(state, {"cells": len(results), **failed}, None)
         summary = sweep_summary(self.recipe, results)
         written = write_sweep(output or self.store.root / "reports" / self.name, summary, self._took())
         return FinishedSweep(results, summary, record, written)
@@ -141,7 +144,7 @@ class Running:
             started=self.when.isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - self.began, 3),
             state=state,
-            recipe=self.recipe.model_dump(mode="json"),
+            recipe=plain(self.recipe),
             stages=[
                 StageRecord(e.label, e.stage, e.key, str(e.decision), e.reason, e.seconds) for e in self.recorder.events
             ],

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import covercal
-from covercal.recipe import Recipe
+from covercal.recipe import Recipe, plain
 from flows.chain import Chain
 from flows.execution import Event, Execution, Pending
 from flows.summary import stage_rows, summarize
@@ -36,7 +36,7 @@ class Concluded:
     figures
         The report artifact; None where a run ends before it.
     made
-        Seconds that making each row once took, whoever made it and when.
+        See `build_times`.
     """
 
     summary: dict[str, Any]
@@ -73,9 +73,13 @@ def _parts(chain: Chain) -> list[Any]:
 
 
 def build_times(store: ArtifactStore, events: Sequence[Event]) -> dict[str, float]:
-    """Return the seconds that making each row once took, whoever made it and when."""
+    """Return the seconds that making each row once took, whoever made it and when.
+
+    An artifact that stands in two rows counts in the first alone: together the rows are what making everything takes.
+    """
     found: dict[str, float] = {}
-    for event in events:
+    once = {(event.stage, event.key): event for event in reversed(events)}
+    for event in (each for each in events if once[each.stage, each.key] is each):
         manifest = store.look_up(event.stage, event.key).manifest if event.key else None
         if manifest is not None:
             found[event.label] = round(found.get(event.label, 0.0) + manifest.seconds, 3)
@@ -112,8 +116,7 @@ class Took:
 def told(recipe: Recipe, concluded: Concluded, took: Took) -> dict[str, Any]:
     """Return everything that there is to say of a run: what `run --json` prints and what its page shows."""
     rows = [{**row, "made_in": concluded.made.get(row["stage"])} for row in stage_rows(took.events)]
-    recipe_value = recipe.model_dump(mode="json")
-    return {**concluded.summary, **_how(took, recipe.device), "recipe": recipe_value, "stages": rows}
+    return {**concluded.summary, **_how(took, recipe.device), "recipe": plain(recipe), "stages": rows}
 
 
 def _how(took: Took, device: str) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def _run_flow(running: Running, console: Console, until: str, *, verbose: bool) 
     from flows.entrypoints import keeping, quantize
 
     with keeping(running):
-        state = quantize(running.recipe.model_dump(mode="json"), until=until, return_state=True)
+        state = quantize(plain(running.recipe), until=until, return_state=True)
     return _found(state, Finished)
 
 

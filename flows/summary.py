@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from covercal.recipe import Recipe
+from covercal.recipe import Recipe, short_names
 from flows.chain import Chain
 from flows.execution import WORST_FIRST, Event, Failed
 from flows.judging import EvaluatedTask, EvaluatedText, why_no_layers
@@ -62,7 +62,8 @@ def quantization_summary(recipe: Recipe, chain: Chain, store: ArtifactStore) -> 
     manifest = store.manifest(chain.checkpoint)
     table = read_table(store.path(chain.checkpoint) / LINEARS).to_pylist()
     errors = [row["output_error"] for row in table if row["output_error"] is not None]
-    worst = max(table, key=lambda row: row["output_error"] or row["weight_error"])
+    measure = "output_error" if errors else "weight_error"  # the two are of different sizes
+    worst = max((row for row in table if row[measure] is not None), key=lambda row: row[measure])
     bytes_now = _weight_bytes(store, chain.checkpoint)
     settings = recipe.quantization
     return {
@@ -73,7 +74,8 @@ def quantization_summary(recipe: Recipe, chain: Chain, store: ArtifactStore) -> 
         "linears": len(table),
         "mean_output_error": float(np.mean(errors)) if errors else None,
         "worst_linear": worst["name"],
-        "worst_error": worst["output_error"] or worst["weight_error"],
+        "worst_error": worst[measure],
+        "worst_measure": measure,
         "average_bits": manifest.info["average_bits"],
         "format": manifest.info["format"],
         "why_dense": manifest.info["why_dense"],
@@ -117,7 +119,8 @@ def _text_summary(text: EvaluatedText, store: ArtifactStore) -> dict[str, Any]:
 
 def tasks_summary(chain: Chain, store: ArtifactStore) -> list[dict[str, Any]]:
     """Return what every model scored on every task, and how far this run lies above the others on the same items."""
-    return [_task_summary(task, store) for task in chain.tasks]
+    sets = len(chain.texts[0].random) if chain.texts else 1
+    return [_task_summary(task, store) | {"random_sets": sets} for task in chain.tasks]
 
 
 def _task_summary(task: EvaluatedTask, store: ArtifactStore) -> dict[str, Any]:
@@ -126,6 +129,7 @@ def _task_summary(task: EvaluatedTask, store: ArtifactStore) -> dict[str, Any]:
     value: dict[str, Any] = {
         "task": task.name,
         "error": "; ".join(f"{model}: {error}" for model, error in failed.items()),
+        "errors": failed,
         "scores": {},
         "differences": {},
     }
@@ -169,14 +173,18 @@ def layers_summary(
         for plain, mine in zip(nearest, run, strict=True)
     ]
     seen = [row for row in rows if row["run"] is not None]
-    found = rank_correlation([row["uncovered_weight"] for row in seen], [row["run"] for row in seen])
+    found = None
+    words = f"{recipe.quantization.method} reads no chosen sample, so no error here comes from what they miss."
+    if recipe.quantization.calibrated:
+        found = rank_correlation([row["uncovered_weight"] for row in seen], [row["run"] for row in seen])
+        words = explanation(seen, found)
     manifest = store.manifest(chain.layers[1])
     return {
         "text": Path(recipe.evaluation.divergence[0].name).name,
         "tokens": manifest.info["tokens"],
         "linears": rows,
         "correlation": None if found is None else {"spearman": found[0], "p_value": found[1]},
-        "explanation": explanation(seen, found),
+        "explanation": words,
     }
 
 
@@ -218,7 +226,7 @@ def run_name(recipe: Recipe) -> str:
 
 def sweep_name(recipe: Recipe) -> str:
     """Return what people call a sweep, such as `smollm2-135m · selector, budget`."""
-    return f"{model_name(recipe)} · {', '.join(name.rsplit('.', 1)[-1] for name in recipe.sweep)}"
+    return f"{model_name(recipe)} · {', '.join(short_names(recipe.sweep).values())}"
 
 
 def model_name(recipe: Recipe) -> str:
@@ -242,13 +250,12 @@ def result_table(summary: dict[str, Any]) -> Table:
     for text in summary["evaluation"]:
         columns = [text[name]["all"] for name in models]
         if text["kind"] == "divergence":
-            table.add_row("KL, nats per token", *(_measured(c, "divergence") for c in columns))
+            table.add_row("KL, nats per token ± 95%", *(_measured(c, "divergence") for c in columns))
             table.add_row("same top token", *(f"{c['agreement']:.1%}" for c in columns))
         table.add_row(f"perplexity, {text['text']}", *(f"{c['perplexity']:.2f}" for c in columns))
     for task in summary["tasks"]:
-        columns = [task["scores"].get(name) for name in models]
-        label = f"{task['task']}, {task['metric']}" if "metric" in task else task["task"]
-        table.add_row(label, *(_score(each, task["error"]) for each in columns))
+        label = f"{task['task']}, {task['metric']} ± 95%" if "metric" in task else task["task"]
+        table.add_row(label + first_set_words(task), *(_score(task, name) for name in models))
     sizes = summary["quantization"]
     weighs = {"original": sizes["original_bytes_16_bit"], "nearest": sizes["nearest_bytes"]}
     cells = [f"{weighs.get(name, sizes['bytes']) / 1e6:.0f} MB" for name in models]
@@ -257,14 +264,30 @@ def result_table(summary: dict[str, Any]) -> Table:
 
 
 def _measured(scores: dict[str, Any], name: str) -> str:
-    error = scores.get(f"{name}_error")
-    return f"{scores[name]:.4f}" if not error else f"{scores[name]:.4f} ± {error:.4f}"
+    return _with_interval(scores[name], scores.get(f"{name}_error"))
 
 
-def _score(found: dict[str, Any] | None, error: str) -> str:
-    if found is None:
-        return "failed" if error else "not scored"
-    return f"{found['value']:.4f}" + (f" ± {found['error']:.4f}" if found["error"] else "")
+def _score(task: dict[str, Any], model: str) -> str:
+    found = task["scores"].get(model)
+    return no_score(task, model) if found is None else _with_interval(found["value"], found["error"])
+
+
+def no_score(task: dict[str, Any], model: str) -> str:
+    """Return why a model has no score on a task: only one that was to be scored has failed."""
+    return "failed" if model in task["errors"] else "not scored"
+
+
+def first_set_words(task: dict[str, Any]) -> str:
+    """Return that of several random sets the first was scored; empty where there are no several."""
+    sets = task["random_sets"]
+    return f" (of {sets} random sets the first)" if sets > 1 and "random" in task["scores"] else ""
+
+
+def _with_interval(value: float, error: float | None) -> str:
+    """Return a number with half the width of the 95% interval that its standard error makes."""
+    from tasks.report.numerals import half_width
+
+    return f"{value:.4f}" + (f" ± {half_width(error):.4f}" if error else "")
 
 
 def selection_lines(summary: dict[str, Any]) -> list[str]:

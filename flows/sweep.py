@@ -17,13 +17,13 @@ from rich.table import Table
 
 from covercal.comparison import student_quantile
 from covercal.errors import CovercalError
-from covercal.recipe import Recipe, parse_recipe, with_fields
+from covercal.recipe import Recipe, parse_recipe, plain, short_names, with_fields
 from covercal.selectors.registry import selector
 from flows.chain import run_chain
 from flows.execution import Execution
 from flows.inputs import Inputs, identify
 from flows.summary import summarize, sweep_name
-from flows.verdict import sweep_verdict
+from flows.verdict import not_judged, sweep_verdict
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 
@@ -33,6 +33,7 @@ REPEATS = (SEED, POOL_SEED)  # cells that differ by these alone are one row
 SELECTOR = "selection.selector"
 BUDGET = "selection.budget"
 RANDOM = "random"
+MODELS = ("original", "nearest", "run")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,8 @@ class Cell:
     @property
     def name(self) -> str:
         """Return what sets it apart, such as `coverage, 8, seed 0`."""
-        return ", ".join(f"{name.rsplit('.', 1)[-1]} {value}" for name, value in self.fields.items())
+        short = short_names(self.fields)
+        return ", ".join(f"{short[name]} {value}" for name, value in self.fields.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,9 @@ class CellResult:
         Of the chosen set, and of the checkpoint.
     scores
         For every evaluation text: its name, kind, and the scores of original, nearest and run over all sequences.
+    tasks
+        For every task: its name, main metric, whether higher is better, what original, nearest and run scored where
+        they did, and the error of what failed.
     error
         Empty when the cell ended well.
     """
@@ -68,10 +73,22 @@ class CellResult:
     measures: dict[str, Any] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
     scores: list[dict[str, Any]] = field(default_factory=list)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
     error: str = ""
 
 
 Tell = Callable[[int, Cell, CellResult], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskMean:
+    """The main metric of one task in the cells of a row that have it: each value, mean and interval as in `Row`."""
+
+    metric: str
+    higher_is_better: bool
+    values: tuple[float, ...]
+    mean: float
+    interval: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +102,17 @@ class Row:
     values
         The main number of each, in the order of the seeds.
     mean, interval
-        Their mean, and half the width of its 95% interval (Student's t); NaN for a single value.
+        Their mean, and half the width of its 95% interval (Student's t); NaN for a single value. Over several pools
+        both are of the pools' means: the runs of one pool share its luck.
     difference, difference_interval
         How far the mean lies above that of random choice of the same size, and half the width of the 95% interval (see
         `against_random`); NaN where no random choice was run, or for random choice itself.
     percentile
         Share of the random choices of the same size from the same pool that are worse; NaN as for the difference.
+    random_mean
+        What the difference is from: the mean of random choice over the pools that both have; NaN as for the difference.
+    tasks
+        By the task's name.
     """
 
     fields: dict[str, Any]
@@ -100,6 +122,8 @@ class Row:
     difference: float
     difference_interval: float
     percentile: float
+    random_mean: float
+    tasks: dict[str, TaskMean]
 
 
 def cells(recipe: Recipe) -> list[Cell]:
@@ -161,7 +185,10 @@ def _run_cell(
         chain = run_chain(cell.recipe, inputs, execution(cell))
         summary = summarize(cell.recipe, chain, store)
         scores = [_overall(each) for each in summary["evaluation"]]
-        return CellResult(cell.fields, summary["selection"], summary["quantization"], scores)
+        tasks = _task_scores(summary["tasks"])
+        return CellResult(
+            cell.fields, summary["selection"], summary["quantization"], scores, tasks, error=_no_number(scores)
+        )
     except (CovercalError, StorageError) as error:
         return CellResult(cell.fields, error=f"{type(error).__name__}: {error}")
     except Exception as error:  # a bug in one selector must not cost a night's other cells; the trace is kept
@@ -170,21 +197,61 @@ def _run_cell(
 
 def _overall(text: dict[str, Any]) -> dict[str, Any]:
     """Return a text's scores over all sequences."""
-    models = {name: text[name]["all"] for name in ("original", "nearest", "run")}
+    models = {name: text[name]["all"] for name in MODELS}
     return {"text": text["text"], "kind": text["kind"], **models}
 
 
+def _task_scores(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what every model scored on every task; a second task of the same name is called `name #2`."""
+    found: list[dict[str, Any]] = []
+    for place, each in enumerate(tasks):
+        earlier = sum(other["task"] == each["task"] for other in tasks[:place])
+        name = f"{each['task']} #{earlier + 1}" if earlier else each["task"]
+        shown = {"metric": each.get("metric", ""), "higher_is_better": each.get("higher_is_better", True)}
+        scores = {model: each["scores"][model]["value"] for model in MODELS if model in each["scores"]}
+        found.append({"task": name, **shown, **scores, "error": each["error"]})
+    return found
+
+
+def _no_number(scores: Sequence[dict[str, Any]]) -> str:
+    """Return the error of a cell whose main number cannot be compared with that of others; empty when it can."""
+    main, value = _main_score(scores), main_number(scores)
+    if main is None or math.isfinite(value):
+        return ""
+    return f"EvaluationError: the {main['kind']} on {main['text']} is {value:g}; only finite numbers can be compared"
+
+
 def found_words(result: CellResult) -> str:
-    """Return a cell's main number, or the first line of its error."""
-    return result.error.splitlines()[0] if result.error else f"{main_number(result.scores):.4f}"
+    """Return a cell's main number and what it scored on tasks, or the first line of its error."""
+    if result.error:
+        return result.error.splitlines()[0]
+    main = [f"{main_number(result.scores):.4f}"] if result.scores else []
+    tasks = [f"{each['task']} {each['run']:.4f}" for each in result.tasks if "run" in each]
+    return ", ".join([*main, *tasks, *task_failures([result])]) or "nothing measured"
+
+
+def task_failures(results: Sequence[CellResult]) -> list[str]:
+    """Return a line for every task that could not be scored in a cell, for one of its models or for all."""
+    return [
+        f"{task['task']} failed: {task['error'].splitlines()[0]}"
+        for each in results
+        for task in each.tasks
+        if task["error"]
+    ]
 
 
 def main_number(scores: Sequence[dict[str, Any]]) -> float:
-    """Return what cells are compared by: divergence on the first text that has one, else the first perplexity."""
-    for each in scores:
-        if each["kind"] == "divergence":
-            return float(each["run"]["divergence"])
-    return float(scores[0]["run"]["perplexity"]) if scores else math.nan
+    """Return what cells are compared by: divergence on the first text that has one, else the first perplexity.
+
+    NaN where nothing was measured on a text.
+    """
+    main = _main_score(scores)
+    value = None if main is None else main["run"].get(main["kind"])
+    return math.nan if value is None else float(value)
+
+
+def _main_score(scores: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    return next((each for each in scores if each["kind"] == "divergence"), scores[0] if scores else None)
 
 
 def rows(results: Sequence[CellResult]) -> list[Row]:
@@ -194,61 +261,107 @@ def rows(results: Sequence[CellResult]) -> list[Row]:
         if not result.error:
             groups.setdefault(_without(result.fields, *REPEATS), []).append(result)
     rivals = {
-        _without(group[0].fields, *REPEATS, SELECTOR): _by_pool(group)
+        _without(group[0].fields, *REPEATS, SELECTOR): _main_numbers(group)
         for group in groups.values()
         if group[0].fields.get(SELECTOR) == RANDOM
     }
     found = []
     for group in groups.values():
         fields = {name: value for name, value in group[0].fields.items() if name not in REPEATS}
-        values = tuple(main_number(each.scores) for each in group)
+        values, pools = tuple(main_number(each.scores) for each in group), _main_numbers(group)
         others = rivals.get(_without(fields, SELECTOR), {}) if fields.get(SELECTOR) != RANDOM else {}
-        compared = against_random(_by_pool(group), others)
-        found.append(Row(fields, values, float(np.mean(values)), half_interval(values), *compared))
+        compared = against_random(pools, others, exact=_without_chance(fields))
+        found.append(Row(fields, values, *_mean_and_interval(pools), *compared, _task_means(group)))
     return found
 
 
-def _by_pool(group: Sequence[CellResult]) -> dict[Any, list[float]]:
+def _without_chance(fields: dict[str, Any]) -> bool:
+    """Return whether the cells of a row have a selector that chooses the same samples whatever its seed."""
+    return SELECTOR in fields and not selector(str(fields[SELECTOR])).seeded
+
+
+def _main_numbers(group: Sequence[CellResult]) -> dict[Any, list[float]]:
+    return _by_pool([(each, main_number(each.scores)) for each in group])
+
+
+def _by_pool(numbers: Sequence[tuple[CellResult, float]]) -> dict[Any, list[float]]:
     pools: dict[Any, list[float]] = {}
-    for each in group:
-        pools.setdefault(each.fields.get(POOL_SEED), []).append(main_number(each.scores))
+    for each, number in numbers:
+        pools.setdefault(each.fields.get(POOL_SEED), []).append(number)
     return pools
 
 
-def against_random(values: dict[Any, list[float]], rivals: dict[Any, list[float]]) -> tuple[float, float, float]:
+def _task_means(group: Sequence[CellResult]) -> dict[str, TaskMean]:
+    scored: dict[str, list[tuple[CellResult, dict[str, Any]]]] = {}
+    for each in group:
+        for task in each.tasks:
+            if "run" in task:
+                scored.setdefault(task["task"], []).append((each, task))
+    found = {}
+    for name, pairs in scored.items():
+        first, values = pairs[0][1], tuple(float(task["run"]) for _, task in pairs)
+        pools = _by_pool([(each, value) for (each, _), value in zip(pairs, values, strict=True)])
+        found[name] = TaskMean(first["metric"], first["higher_is_better"], values, *_mean_and_interval(pools))
+    return found
+
+
+def _mean_and_interval(pools: dict[Any, list[float]]) -> tuple[float, float]:
+    """Return the mean of numbers by pool and half the width of its 95% interval; several pools count once each."""
+    values = [float(np.mean(each)) for each in pools.values()] if len(pools) > 1 else next(iter(pools.values()))
+    return float(np.mean(values)), half_interval(values)
+
+
+def against_random(
+    values: dict[Any, list[float]], rivals: dict[Any, list[float]], *, exact: bool
+) -> tuple[float, float, float, float]:
     """Compare one selector's numbers with those of random choice; lower numbers are better.
 
     Parameters
     ----------
     values, rivals
         The numbers by pool.
+    exact
+        Whether the selector has no chance in it, so that one number of a pool is all there is to know of it there.
 
     Returns
     -------
     difference, interval
         Mean of the first less mean of the second, and half the width of its 95% interval. Over several pools it is
         that of the paired differences, one for each pool (Student's t). Over one pool it is Welch's, where a
-        selector without chance adds nothing to it: the luck of a pool's draw is not in it.
+        selector without chance adds nothing to it: the luck of a pool's draw is not in it. The interval is NaN where
+        a single number leaves its spread unknown.
     percentile
         Share of the pairs from one pool where the random choice is worse.
-        All three are NaN where no pool has both.
+    random_mean
+        Mean of the second over the pools that both have.
+        All four are NaN where no pool has both.
     """
     shared = [pool for pool in values if pool in rivals]
     if not shared:
-        return math.nan, math.nan, math.nan
+        return math.nan, math.nan, math.nan, math.nan
     percentile = float(np.mean([other > value for pool in shared for value in values[pool] for other in rivals[pool]]))
+    random_mean = float(np.mean([np.mean(rivals[pool]) for pool in shared]))
     differences = [float(np.mean(values[pool]) - np.mean(rivals[pool])) for pool in shared]
     if len(shared) > 1:
-        return float(np.mean(differences)), half_interval(differences), percentile
-    return differences[0], _welch_half_interval(values[shared[0]], rivals[shared[0]]), percentile
+        return float(np.mean(differences)), half_interval(differences), percentile, random_mean
+    drawn = [rivals[shared[0]], *([] if exact else [values[shared[0]]])]
+    return differences[0], _welch_half_interval(drawn), percentile, random_mean
 
 
-def _welch_half_interval(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return half the width of the 95% interval of a difference of means; a single value counts as known exactly."""
-    parts = [(float(np.var(each, ddof=1)) / len(each), len(each) - 1) for each in (a, b) if len(each) > 1]
+def _welch_half_interval(drawn: Sequence[Sequence[float]]) -> float:
+    """Return half the width of the 95% interval of a difference of means; NaN where one of them is a single value.
+
+    Parameters
+    ----------
+    drawn
+        The values of each mean that is known from a few values only; one that is known exactly is left out.
+    """
+    if any(len(each) < 2 for each in drawn):
+        return math.nan
+    parts = [(float(np.var(each, ddof=1)) / len(each), len(each) - 1) for each in drawn]
     squared = sum(part for part, _ in parts)
     if squared == 0:
-        return 0.0 if parts else math.nan
+        return 0.0
     freedom = squared**2 / sum(part**2 / degrees for part, degrees in parts)
     return student_quantile(0.975, freedom) * math.sqrt(squared)
 
@@ -270,8 +383,10 @@ def sweep_summary(recipe: Recipe, results: Sequence[CellResult]) -> dict[str, An
     found = results_summary(results)
     return {
         "name": sweep_name(recipe),
-        "verdict": sweep_verdict(found["rows"], sum(bool(each.error) for each in results)),
-        "recipe": recipe.model_dump(mode="json"),
+        "verdict": sweep_verdict(
+            recipe, found["rows"], sum(bool(each.error) for each in results), len(task_failures(results))
+        ),
+        "recipe": plain(recipe),
         **found,
     }
 
@@ -280,43 +395,73 @@ def results_summary(results: Sequence[CellResult]) -> dict[str, Any]:
     """Return what the figures of a sweep show: the measure, its rows, and the cells."""
     return {
         "measure": measure_words(results),
-        "rows": [{name: _plain(value) for name, value in asdict(row).items()} for row in rows(results)],
-        "cells": [asdict(each) for each in results],
+        "rows": [_plain(asdict(row)) for row in rows(results)],
+        "cells": [_plain(asdict(each)) for each in results],
     }
 
 
 def measure_words(results: Sequence[CellResult]) -> str:
     """Return what the main number is."""
-    texts = next((each.scores for each in results if each.scores), [])
-    if any(each["kind"] == "divergence" for each in texts):
-        return "KL(original || quantised), nats per token"
-    return f"perplexity on {texts[0]['text']}" if texts else "nothing measured"
+    main = next((_main_score(each.scores) for each in results if each.scores), None)
+    if main is None:
+        return "nothing measured on texts"
+    is_divergence = main["kind"] == "divergence"
+    return "KL(original || quantised), nats per token" if is_divergence else f"perplexity on {main['text']}"
 
 
 def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
+    """Return a value as JSON has it, with null for every number that is not known."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sweep_table(found: Sequence[Row]) -> Table:
     """Return one line for each group of cells that differ by a seed alone."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     names = list(dict.fromkeys(name for row in found for name in row.fields))
-    for name in names:
-        table.add_column(name.rsplit(".", 1)[-1], no_wrap=True)
-    compared = any(not math.isnan(row.difference) for row in found)
+    for short in short_names(names).values():
+        table.add_column(short, no_wrap=True)
+    measured, compared = (any(not math.isnan(getattr(row, n)) for row in found) for n in ("mean", "difference"))
+    tasks = {name: task for row in found for name, task in row.tasks.items()}
     table.add_column("runs", justify="right")
-    for name in ("mean ± 95%", *(("minus random ± 95%",) if compared else ())):
+    for name in (*(("mean ± 95%",) if measured else ()), *(("minus random ± 95%",) if compared else ())):
         table.add_column(name, no_wrap=True)
     if compared:
         table.add_column("beats", justify="right")
+    for name, task in tasks.items():
+        table.add_column(f"{name}, {task.metric} ± 95%", no_wrap=True)
     for row in found:
         cells = [str(row.fields.get(name, "")) for name in names]
-        cells += [str(len(row.values)), _with_interval(row.mean, row.interval)]
+        cells.append(str(len(row.values)))
+        if measured:
+            cells.append(_with_interval(row.mean, row.interval))
         if compared:
             cells.append(_with_interval(row.difference, row.difference_interval, sign="+"))
             cells.append("" if math.isnan(row.percentile) else f"{row.percentile:.0%}")
+        scored = [row.tasks.get(name) for name in tasks]
+        cells += ["" if task is None else _with_interval(task.mean, task.interval) for task in scored]
         table.add_row(*cells)
     return table
+
+
+def table_words(recipe: Recipe, found: Sequence[Row]) -> list[str]:
+    """Return the sentences that say how to read the table of a sweep."""
+    words = []
+    if any(not math.isnan(row.difference) for row in found):
+        words.append(
+            "Lower is better. Below zero: better than a random set of that size; beats: share of random sets that do "
+            "worse."
+        )
+    elif any(not math.isnan(row.mean) for row in found):
+        words.append("Lower is better. With `random` among the selectors, each is compared with chance.")
+    tasks = {name: task.higher_is_better for row in found for name, task in row.tasks.items()}
+    for better, way in ((True, "Higher"), (False, "Lower")):
+        if named := [name for name, higher in tasks.items() if higher == better]:
+            words.append(f"{way} is better on {', '.join(named)}.")
+    return [*words, *not_judged(recipe)]
 
 
 def _with_interval(value: float, interval: float, sign: str = "") -> str:

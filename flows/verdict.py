@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from covercal.recipe import Recipe
+from covercal.recipe import Recipe, Require, short_names
 
 LEVEL = 0.05  # a correlation with a larger p-value is called none
 
@@ -59,23 +59,40 @@ def _of_tasks(tasks: Sequence[dict[str, Any]]) -> str:
     return "; ".join(lines) + "."
 
 
-def sweep_verdict(rows: Sequence[dict[str, Any]], failed: int) -> str:
+def sweep_verdict(recipe: Recipe, rows: Sequence[dict[str, Any]], failed: int, failed_tasks: int) -> str:
     """Return which selectors did better than random choice of the same size by more than noise.
 
     Parameters
     ----------
+    recipe
+        That was swept.
     rows
-        Of the sweep's table: fields, mean, difference from random choice and its interval (None where there is none).
-    failed
-        Cells that came to nothing.
+        Of the sweep's table: fields, mean, difference from random choice, its interval, and the mean of random choice
+        that it is a difference from (None where not known); and the mean of every task.
+    failed, failed_tasks
+        Cells that came to nothing, and tasks that could not be scored in the others.
     """
-    lost = f" {failed} cell{'s' * (failed != 1)} failed." if failed else ""
+    counts = {"cell": failed, "task": failed_tasks}
+    lost = [f"{count} {what}{'s' * (count != 1)} failed." for what, count in counts.items() if count]
+    return " ".join([_of_rows(rows), *lost, *not_judged(recipe)])
+
+
+def not_judged(recipe: Recipe) -> list[str]:
+    """Return the sentence that a sweep owes a recipe with a quality bar."""
+    asked = recipe.require != Require()
+    return ["A sweep does not judge what `require` asks for; `covercal run` does."] if asked else []
+
+
+def _of_rows(rows: Sequence[dict[str, Any]]) -> str:
     compared = [row for row in rows if row["difference"] is not None and row["difference_interval"] is not None]
+    measured = [row for row in rows if row["mean"] is not None]
     if not rows:
-        return f"No cell came to a result.{lost}"
+        return "No cell came to a result."
+    if not measured:
+        return _of_swept_tasks(rows)
     if not compared:
-        best = min(rows, key=lambda row: float(row["mean"]))
-        return f"Lowest: {_row_words(best)} ({_number(best['mean'])}); nothing says how much of it is noise.{lost}"
+        best = min(measured, key=lambda row: float(row["mean"]))
+        return f"Lowest: {_row_words(best)} ({_number(best['mean'])}); nothing says how much of it is noise."
     clear = [row for row in compared if abs(row["difference"]) > row["difference_interval"]]
     better = sorted((row for row in clear if row["difference"] < 0), key=_change)
     worse = [row for row in clear if row["difference"] > 0]
@@ -85,16 +102,31 @@ def sweep_verdict(rows: Sequence[dict[str, Any]], failed: int) -> str:
         count += f"; the clearest gain: {_row_words(better[0])}, {_change(better[0]):+.1%}"
     elif len(compared) > 1:
         count += "; choosing made no difference that can be shown"
-    return f"{count}.{lost}"
+    return f"{count}."
+
+
+def _of_swept_tasks(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the best row on every task, of rows that nothing was measured for on texts."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        for name, task in row["tasks"].items():
+            sign = 1 if task["higher_is_better"] else -1
+            if name not in best or sign * (task["mean"] - best[name]["tasks"][name]["mean"]) > 0:
+                best[name] = row
+    if not best:
+        return "Nothing was measured: no text of the recipe's `evaluation:`, and no task."
+    said = [f"{name} {_number(row['tasks'][name]['mean'])} ({_row_words(row)})" for name, row in best.items()]
+    return f"Best by task: {'; '.join(said)}; nothing says how much of it is noise."
 
 
 def _change(row: dict[str, Any]) -> float:
     """Return the difference from random choice as a share of it."""
-    return float(row["difference"]) / (float(row["mean"]) - float(row["difference"]))
+    return float(row["difference"]) / float(row["random_mean"])
 
 
 def _row_words(row: dict[str, Any]) -> str:
-    return ", ".join(f"{name.rsplit('.', 1)[-1]} {value}" for name, value in row["fields"].items())
+    short = short_names(row["fields"])
+    return ", ".join(f"{short[name]} {value}" for name, value in row["fields"].items())
 
 
 def explanation(linears: Sequence[dict[str, Any]], correlation: tuple[float, float] | None) -> str:

@@ -48,6 +48,7 @@ def audit_set(
     total = float(weights.sum()) or 1.0
     return {
         "samples": len(fires),
+        "pool_samples": len(coverage),
         **cover_measures(store, outliers, coverage, weights, fires),
         "chosen_weighted_coverage": float(weights[covered_channels(coverage, best.order)].sum()) / total,
         "gram_distance": _gram_distance(store, statistics, own_statistics),

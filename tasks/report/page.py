@@ -16,8 +16,17 @@ from tasks.report.figure import Figure, Summary
 from tasks.report.figures import run_left_out, sweep_left_out
 from tasks.report.glossary import RUN_TERMS, SWEEP_TERMS
 from tasks.report.numerals import count, duration, known, number, one_line, percent, plural, probability, size, within
-from tasks.report.results import Difference, facts, linear_rows, result_groups, row_difference, sweep_facts, task_groups
-from tasks.report.sweep_fields import SEEDS, row_name, setting
+from tasks.report.results import (
+    Difference,
+    Value,
+    facts,
+    linear_rows,
+    result_groups,
+    row_difference,
+    sweep_facts,
+    task_groups,
+)
+from tasks.report.sweep_fields import SEEDS, row_name, settings
 
 TEMPLATES: Final = "templates"
 WORST_LINEARS: Final = 10
@@ -78,7 +87,8 @@ def run_page(summary: Summary, figures: Sequence[Figure]) -> str:
 
 def sweep_page(summary: Summary, figures: Sequence[Figure]) -> str:
     """Return the page of a sweep as HTML; see `run_page`."""
-    cells = list(summary.get("cells") or ())
+    cells, rows = list(summary.get("cells") or ()), list(summary.get("rows") or ())
+    tasks = {name: task for row in rows for name, task in (row.get("tasks") or {}).items()}
     return _page(
         "sweep.html.j2",
         summary,
@@ -86,9 +96,20 @@ def sweep_page(summary: Summary, figures: Sequence[Figure]) -> str:
         left_out=sweep_left_out(summary),
         terms=SWEEP_TERMS,
         facts=sweep_facts(summary),
-        rows=[_sweep_row(row) for row in summary.get("rows") or ()],
+        rows=[_sweep_row(row, list(tasks)) for row in rows],
+        measured=any(known(row["mean"]) for row in rows),
+        swept_tasks=[
+            (_task_name(name, task["metric"]), "higher" if task["higher_is_better"] else "lower")
+            for name, task in tasks.items()
+        ],
         cells=[_cell_row(cell) for cell in cells if not cell.get("error")],
         failed=[(_cell_name(cell["fields"]), str(cell["error"])) for cell in cells if cell.get("error")],
+        failed_tasks=[
+            (f"{_cell_name(cell['fields'])}: {one_line(task['task'], 60)}", str(task["error"]))
+            for cell in cells
+            for task in cell.get("tasks") or ()
+            if task["error"]
+        ],
     )
 
 
@@ -171,7 +192,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class SweepRow:
-    """One row of a sweep as text; no difference for random choice itself."""
+    """One row of a sweep as text; no difference for random choice itself, and a value for each task of the sweep."""
 
     name: str
     runs: int
@@ -179,11 +200,12 @@ class SweepRow:
     interval: str
     difference: Difference | None
     percentile: str
+    tasks: tuple[Value, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class CellRow:
-    """One cell of a sweep as text: its settings, coverage, and the scores of each text by name."""
+    """One cell of a sweep as text: its settings, coverage, and the scores of each text and task by name."""
 
     name: str
     coverage: str
@@ -191,7 +213,8 @@ class CellRow:
     scores: tuple[tuple[str, str], ...]
 
 
-def _sweep_row(row: Mapping[str, Any]) -> SweepRow:
+def _sweep_row(row: Mapping[str, Any], tasks: Sequence[str]) -> SweepRow:
+    scored = [(row.get("tasks") or {}).get(name) for name in tasks]
     return SweepRow(
         row_name(row["fields"]),
         len(row["values"]),
@@ -199,12 +222,16 @@ def _sweep_row(row: Mapping[str, Any]) -> SweepRow:
         within(row["mean"], row.get("interval")),
         row_difference(row),
         percent(row["percentile"], digits=0) if known(row.get("percentile")) else "",
+        tuple(Value("") if t is None else Value(number(t["mean"]), within(t["mean"], t["interval"])) for t in scored),
     )
 
 
 def _cell_name(fields: Mapping[str, Any]) -> str:
-    seeds = [setting(name, fields[name]) for name in SEEDS if name in fields]
-    return ", ".join([row_name(dict(fields)), *seeds])
+    return ", ".join([row_name(dict(fields)), *settings(fields, [name for name in SEEDS if name in fields])])
+
+
+def _task_name(task: str, metric: str) -> str:
+    return f"{one_line(task, 60)}, {one_line(metric, 40)}"
 
 
 def _cell_row(cell: Mapping[str, Any]) -> CellRow:
@@ -213,6 +240,8 @@ def _cell_row(cell: Mapping[str, Any]) -> CellRow:
         measure = "divergence" if each["kind"] == "divergence" else "perplexity"
         name = "KL" if measure == "divergence" else measure
         scores.append((f"{name}, {one_line(each['text'], 40)}", number(each["run"].get(measure))))
+    tasks = [task for task in cell.get("tasks") or () if known(task.get("run"))]
+    scores += [(_task_name(task["task"], task["metric"]), number(task["run"])) for task in tasks]
     measures, quantization = cell.get("measures") or {}, cell.get("quantization") or {}
     covered = percent(measures.get("weighted_coverage"))
     return CellRow(_cell_name(cell["fields"]), covered, size(quantization.get("bytes")), tuple(scores))

@@ -286,8 +286,10 @@ def _task_row(task: Mapping[str, Any]) -> ResultRow:
     shots = f"{task['shots']} shots" if known(task.get("shots")) else ""
     limit = "" if task.get("limit") is None else f"the first {task['limit']:,} asked for"
     items = f"{task['items']:,} items" if known(task.get("items")) else ""
+    sets = task.get("random_sets") or 1
+    first = f"of {sets} random sets the first" if sets > 1 and "random" in task["scores"] else ""
     tests = sorted({d["test"] for d in (task.get("differences") or {}).values() if d.get("test")})
-    remark = "; ".join(part for part in (one_line(task["metric"], 40), shots, items, limit, *tests) if part)
+    remark = "; ".join(part for part in (one_line(task["metric"], 40), shots, items, limit, first, *tests) if part)
     return ResultRow(one_line(task["task"], 60), remark, values, found)
 
 

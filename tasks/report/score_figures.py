@@ -250,7 +250,12 @@ def _task_cell(dot: Dot | None, shares: bool) -> str:
 
 
 def _task_caption(tasks: list[dict[str, Any]], names: dict[str, str]) -> str:
-    """Say on how many tasks the run is told apart from the original."""
+    """Say on how many tasks the run is told apart from the original, and which of several random sets was scored."""
+    several = any((task.get("random_sets") or 1) > 1 for task in tasks) and "random" in names
+    return _told_apart(tasks, names) + (" Of the random sets the first was scored." if several else "")
+
+
+def _told_apart(tasks: list[dict[str, Any]], names: dict[str, str]) -> str:
     compared = [task["differences"]["original"] for task in tasks if "original" in (task.get("differences") or {})]
     sure = [d for d in compared if known(d.get("low")) and known(d.get("high"))]
     if not sure:

@@ -2,8 +2,10 @@
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from covercal.recipe import short_names
 from tasks.report.figure import Summary
 from tasks.report.numerals import known, one_line
 
@@ -12,9 +14,10 @@ SEEDS = ("selection.seed", "pool.seed")
 RANDOM = "random"
 
 
-def setting(name: str, value: Any) -> str:
-    """Return a swept field and its value in words, such as `bits 4`."""
-    return f"{one_line(name.rsplit('.', 1)[-1]).replace('_', ' ')} {one_line(value, 40)}"
+def settings(fields: Mapping[str, Any], shown: Iterable[str]) -> list[str]:
+    """Return some of the swept fields and their values in words, such as `bits 4`, each told from all others."""
+    short = short_names(fields)
+    return [f"{one_line(short[name]).replace('_', ' ')} {one_line(fields[name], 40)}" for name in shown]
 
 
 def row_name(fields: dict[str, Any]) -> str:
@@ -23,7 +26,7 @@ def row_name(fields: dict[str, Any]) -> str:
     first = one_line(selector, 30) if selector is not None else ""
     if budget is not None:
         first += f"@{budget}" if first else f"budget {budget}"
-    rest = [setting(name, value) for name, value in fields.items() if name not in (SELECTOR, BUDGET, *SEEDS)]
+    rest = settings(fields, [name for name in fields if name not in (SELECTOR, BUDGET, *SEEDS)])
     return ", ".join(part for part in (first, *rest) if part) or "this recipe"
 
 
@@ -40,7 +43,8 @@ def panel_of(fields: dict[str, Any]) -> str:
 
 def panel_words(panel: str) -> str:
     """Return a panel of `panel_of` in words; empty when nothing else was swept."""
-    return ", ".join(setting(name, value) for name, value in json.loads(panel).items())
+    fields = json.loads(panel)
+    return ", ".join(settings(fields, fields))
 
 
 def several_budgets(fields: list[dict[str, Any]]) -> bool:

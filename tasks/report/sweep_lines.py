@@ -1,5 +1,6 @@
 """Figures of a sweep that run along the budget: quality, and coverage."""
 
+import json
 import math
 from typing import Any
 
@@ -47,7 +48,7 @@ def _without_budgets(summary: Summary) -> str:
         return "No cell of the sweep ended well."
     if not several_budgets([row["fields"] for row in rows]):
         return "The sweep has a single budget."
-    return ""
+    return "" if any(known(row["mean"]) for row in rows) else "No row has a number that rows can be compared by."
 
 
 def against_budget(summary: Summary) -> list[Figure]:
@@ -185,13 +186,15 @@ def _without_coverage(summary: Summary) -> str:
 
 
 def coverage_against_budget(summary: Summary) -> list[Figure]:
-    """Draw the mean weighted coverage of every selector's sets against the budget; other settings do not change it."""
-    found: dict[tuple[str, int], list[float]] = {}
+    """Draw the mean weighted coverage of every selector's sets against the budget, a panel for each other setting."""
+    found: dict[tuple[str, str, int], list[float]] = {}
     for cell in good_cells(summary):
         fields = cell_fields(cell)
-        found.setdefault((selector_of(fields), int(fields[BUDGET])), []).append(cell["measures"]["weighted_coverage"])
+        key = panel_of(fields), selector_of(fields), int(fields[BUDGET])
+        found.setdefault(key, []).append(cell["measures"]["weighted_coverage"])
     rows: list[tuple[dict[str, Any], float, float]] = [
-        ({SELECTOR: name, BUDGET: budget}, float(np.mean(values)), math.nan) for (name, budget), values in found.items()
+        ({**json.loads(panel), SELECTOR: name, BUDGET: budget}, float(np.mean(values)), math.nan)
+        for (panel, name, budget), values in found.items()
     ]
     panels = _lines(rows)
     names = _names(panels)
@@ -199,16 +202,26 @@ def coverage_against_budget(summary: Summary) -> list[Figure]:
     def draw(sheet: Sheet) -> None:
         _draw_panels(sheet, panels, names, "weighted coverage", lambda v: f"{100 * v:.0f}%")
 
-    best = max(rows, key=lambda row: (-row[0][BUDGET], row[1]))
-    caption = (
-        f"With {plural(best[0][BUDGET], 'sample')}, the smallest budget, {one_line(best[0][SELECTOR], 30)} covers "
-        f"most: {percent(best[1])} of the outlier weight."
+    caption = _most_words(panels)
+    cells = tuple(
+        (panel_words(panel_of(f)) or "–", one_line(f[SELECTOR]), count(f[BUDGET]), percent(mean)) for f, mean, _ in rows
     )
-    cells = tuple((one_line(f[SELECTOR]), count(f[BUDGET]), percent(mean)) for f, mean, _ in rows)
-    table = Table(("selector", "budget", "mean weighted coverage"), cells)
+    table = Table(("setting", "selector", "budget", "mean weighted coverage"), cells)
     alt = f"Line chart of weighted coverage against budget for {', '.join(names)}. {caption}"
-    height = PANEL + GAP
+    height = len(panels) * (PANEL + GAP)
     return [rendered("sweep-coverage", "Coverage against budget", caption, alt, table, height, draw)]
+
+
+def _most_words(panels: Panels) -> str:
+    """Name the selector that covers most with the smallest budget, in every panel."""
+    said = []
+    for panel, lines in list(panels.items())[:4]:
+        first = min(point[0] for points in lines.values() for point in points)
+        at_first = {name: points[0][1] for name, points in lines.items() if points[0][0] == first}
+        best = max(at_first, key=lambda name: at_first[name])
+        row = {**json.loads(panel), SELECTOR: best, BUDGET: int(first)}
+        said.append(f"{row_name(row)} covers {percent(at_first[best])}")
+    return f"Most of the outlier weight with the smallest budget: {'; '.join(said)}."
 
 
 LINE_PLANS = (

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from covercal.errors import InputError
+from covercal.quantization_settings import PRESETS
 from covercal.recipe import (
+    Bar,
     DivergenceText,
     Evaluation,
     LanguageTask,
@@ -26,6 +28,8 @@ from covercal.recipe import (
     TextSource,
     load_recipe,
     parse_recipe,
+    plain,
+    short_names,
 )
 from covercal.selectors.registry import SELECTORS
 from covercal.thresholds import RULES, WEIGHTINGS
@@ -642,6 +646,37 @@ def test_an_override_of_another_form_is_shown_how_to_write_it(tmp_path: Path, as
     assert f"--set {assignment}: write it as section.field=value, for example selection.budget=16." in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("model: {source: a}\npool:\n  samples: 3\npool: {seed: 1}", "line 4 gives `pool` again, after line 2"),
+        ("pool:\n  samples: 3\n  seed: 1\n  samples: 4", "line 4 gives `samples` again, after line 2"),
+        ("pool: {samples: 3, samples: 3}", "line 1 gives `samples` again, after line 1"),
+    ],
+)
+def test_a_section_or_field_that_is_there_twice_is_refused_with_its_lines(
+    tmp_path: Path, text: str, sentence: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == f"Recipe {path} is not valid YAML: {sentence}; keep one of the two."
+
+
+def test_an_override_that_gives_a_field_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--set selection=.*: line 1 gives `budget` again"):
+        load_recipe(written(tmp_path, SMALLEST), ["selection={budget: 1, budget: 2}"])
+
+
+def test_a_recipe_may_use_one_block_twice(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    blocks = "evaluation:\n  perplexity: [&text {path: a.txt, window: 8}, {<<: *text, window: 16}]\n"
+    path.write_text(yaml.safe_dump(SMALLEST) + blocks, encoding="utf-8")
+    found = load_recipe(path).evaluation.perplexity
+    assert [(text.path, text.window) for text in found] == [(f"{tmp_path}/a.txt", 8), (f"{tmp_path}/a.txt", 16)]
+
+
 def test_an_override_whose_value_is_no_yaml_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--set pool.sequence_length=\[32: the value is not valid YAML"):
         load_recipe(written(tmp_path, SMALLEST), ["pool.sequence_length=[32"])
@@ -653,6 +688,38 @@ def test_an_override_of_a_list_entry_that_is_not_there_is_refused(tmp_path: Path
     with pytest.raises(InputError) as caught:
         load_recipe(written(tmp_path, SMALLEST), [f"pool.sources.{entry}{rest}"])
     assert f"there is no `{entry}` there; a list entry is named by its number from 0" in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [{}, {"sweep": {"selection.budget": [4], "selection.seed": [0, 1]}}, {"sweep": None}])
+def test_an_override_of_the_sweep_names_a_whole_field(tmp_path: Path, given: dict[str, Any]) -> None:
+    path = written(tmp_path, {**SMALLEST, **given})
+    expected = {"selection.budget": (8, 16)} | ({"selection.seed": (0, 1)} if given.get("sweep") else {})
+    assert load_recipe(path, ["sweep.selection.budget=[8,16]"]).sweep == expected
+
+
+def test_an_override_opens_a_section_that_is_empty(tmp_path: Path) -> None:
+    value = {**with_fields({}), "require": {"divergence": None}, "outliers": None}
+    loaded = load_recipe(written(tmp_path, value), ["require.divergence.max=0.1", "outliers.k=5"])
+    assert (loaded.require.divergence, loaded.outliers.k) == (Bar(max=0.1), 5.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "assignment", "spelled_out"),
+    [
+        (
+            {"shrinkage": 0.3},
+            "quantization.shrinkage.towards=pool",
+            {"shrinkage": {"strength": 0.3, "towards": "pool"}},
+        ),
+        ({"shrinkage": 0.3}, "quantization.shrinkage.strength=0.1", {"shrinkage": {"strength": 0.1}}),
+        ({"rounding": "beam"}, "quantization.rounding.width=8", {"rounding": {"kind": "beam", "width": 8}}),
+    ],
+)
+def test_an_override_inside_a_short_form_is_one_inside_what_it_stands_for(
+    tmp_path: Path, given: dict[str, Any], assignment: str, spelled_out: dict[str, Any]
+) -> None:
+    found = load_recipe(written(tmp_path, {**SMALLEST, "quantization": given}), [assignment])
+    assert found == load_recipe(written(tmp_path, {**SMALLEST, "quantization": spelled_out}))
 
 
 def test_an_override_inside_a_single_value_is_refused(tmp_path: Path) -> None:
@@ -674,6 +741,30 @@ def test_paths_relative_to_the_recipe_file_become_absolute(tmp_path: Path) -> No
     paths = [source.path for source in (*loaded.pool.sources, *loaded.evaluation.texts)]
     names = ["texts/pool.jsonl", "../more.txt", "a.txt", "a.jsonl", "b.jsonl"]
     assert paths == [str(tmp_path / name) for name in names]
+
+
+def test_paths_in_a_sweep_become_absolute_like_the_fields_they_stand_for(tmp_path: Path) -> None:
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "texts").mkdir()
+    swept = {
+        "model.source": ["models/tiny", "new.gguf", "owner/model"],
+        "pool.sources": [[{"path": "pool.jsonl", "text": "models/tiny"}], [{"hub": "texts"}, {"hub": "owner/texts"}]],
+        "pool.sources.0": [{"path": "pool.jsonl"}],
+        "pool.sources.0.path": ["pool.jsonl", "/data/pool.jsonl"],
+        "evaluation.tasks": [[{"path": "task.yaml"}, {"name": "texts"}]],
+        "selection.selector": ["texts"],
+    }
+    assert load_recipe(written(tmp_path, {**SMALLEST, "sweep": swept})).sweep == {
+        "model.source": (f"{tmp_path}/models/tiny", f"{tmp_path}/new.gguf", "owner/model"),
+        "pool.sources": (
+            [{"path": f"{tmp_path}/pool.jsonl", "text": "models/tiny"}],
+            [{"hub": f"{tmp_path}/texts"}, {"hub": "owner/texts"}],
+        ),
+        "pool.sources.0": ({"path": f"{tmp_path}/pool.jsonl"},),
+        "pool.sources.0.path": (f"{tmp_path}/pool.jsonl", "/data/pool.jsonl"),
+        "evaluation.tasks": ([{"path": f"{tmp_path}/task.yaml"}, {"name": "texts"}],),
+        "selection.selector": ("texts",),
+    }
 
 
 def test_the_folder_one_works_in_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -723,6 +814,46 @@ def test_a_data_set_folder_beside_the_recipe_becomes_absolute(tmp_path: Path) ->
     (tmp_path / "texts").mkdir()
     value = with_fields({"pool.sources.0": {"hub": "texts"}})
     assert load_recipe(written(tmp_path, value)).pool.sources[0].hub == str(tmp_path / "texts")
+
+
+# --- names of fields -----------------------------------------------------------------------------------------------
+
+
+def test_short_names_are_the_last_parts_that_tell_fields_apart() -> None:
+    fields = {
+        "quantization.bits": "bits",
+        "quantization.shrinkage.strength": "shrinkage.strength",
+        "quantization.damping.strength": "damping.strength",
+        "pool.sources.0.path": "sources.0.path",
+        "evaluation.divergence.0.path": "divergence.0.path",
+        "pool.seed": "pool.seed",
+        "selection.seed": "selection.seed",
+    }
+    assert short_names(fields) == fields
+
+
+@given(st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(".".join), unique=True))
+def test_short_names_are_ends_of_fields_and_all_different(fields: list[str]) -> None:
+    found = short_names(fields)
+    assert len(set(found.values())) == len(fields)
+    assert all(f".{name}".endswith(f".{short}") for name, short in found.items())
+
+
+# --- as it is shown -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [None, *PRESETS])
+@pytest.mark.parametrize("given", [{}, {"bits": 3, "shrinkage": 0.3, "ranges": {"shrink": 0.4}}])
+def test_a_shown_recipe_with_another_method_is_as_if_that_method_had_been_written(
+    given: dict[str, Any], method: str | None
+) -> None:
+    def written_by_hand(name: str | None) -> Recipe:
+        return parse_recipe({**SMALLEST, "quantization": {**given, **({"method": name} if name else {})}}, FOLDER)
+
+    shown = json.loads(json.dumps(plain(written_by_hand(method))))
+    assert parse_recipe(shown, Path("/")) == written_by_hand(method)
+    assert shown["quantization"]["method"] == written_by_hand(method).quantization.method
+    assert parse_recipe(shown, Path("/"), overrides=["quantization.method=rtn"]) == written_by_hand("rtn")
 
 
 # --- round trip ----------------------------------------------------------------------------------------------------

@@ -233,11 +233,25 @@ def test_the_weakest_block_is_the_one_least_covered() -> None:
     shares = {0: 0.5, 3: 0.125, 7: 0.25}
     numbers = dict.fromkeys(("coverage", "random_coverage", "weighted_coverage", "random_weighted_coverage"), 0.5)
     numbers |= dict.fromkeys(("chosen_weighted_coverage", "jaccard", "gram_distance"), 0.5)
-    found = {"samples": 3, "outlier_channels": 9, "domains": {"b": 1, "a": 1, "c": 2}, **numbers}
+    found = {"samples": 3, "pool_samples": 16, "outlier_channels": 9, "domains": {"b": 1, "a": 1, "c": 2}, **numbers}
     lines = audit_lines({**found, "coverage_by_block": shares})
     assert "block 3: 12.5%" in lines[-1]
     assert "3 samples: 2 c, 1 a, 1 b" in lines[0]
     assert len(audit_lines({**found, "coverage_by_block": {}})) == len(lines) - 1
+
+
+def test_a_set_larger_than_the_pool_is_held_against_all_of_the_pool(
+    write_recipe: WriteRecipe, store: ArtifactStore, tmp_path: Path
+) -> None:
+    many = write_rows(tmp_path / "many.jsonl", [tiny.text(seed, "animals", 80) for seed in range(500, 510)])
+    recipe = write_recipe(outliers=FEW, pool={"samples": 4}, selection={"budget": 2})
+    found, _ = audit_here(recipe, many, store)
+    assert found["samples"] > found["pool_samples"] == 4
+    words = " ".join(" ".join(audit_lines(found)).split())
+    assert "all 4 samples of the pool: 100.0%" in words
+    assert "of their weight; all of the pool: 100.0%" in words
+    assert "random" not in words
+    assert "chosen" not in words
 
 
 def test_a_set_that_misses_nothing_shows_no_table(

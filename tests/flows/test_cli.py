@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from covercal.recipe import load_recipe
 from flows import cli
 from storage.artifacts import ArtifactStore
 from tests.flows.test_run import run_here
+from tests.tasks.report.reading import read
 
 WriteRecipe = Callable[..., Path]
 Command = Callable[..., tuple[int, str, str]]
@@ -36,6 +38,13 @@ def test_an_unknown_field_exits_with_2_and_names_the_nearest(command: Command, w
     code, _, err = command("run", write_recipe(selection={"budgte": 3}))
     assert code == 2
     assert "there is no field `selection.budgte`; did you mean `selection.budget`?" in err
+
+
+def test_verbose_shows_the_traceback_and_keeps_the_exit_code(command: Command, write_recipe: WriteRecipe) -> None:
+    code, _, err = command("run", write_recipe(selection={"budgte": 3}), "--verbose")
+    assert code == 2
+    assert "Traceback (most recent call last)" in err
+    assert err.rpartition("error ")[2].startswith("Recipe ")
 
 
 def test_an_override_of_an_unknown_field_exits_with_2(command: Command, write_recipe: WriteRecipe) -> None:
@@ -82,6 +91,25 @@ def test_run_json_is_one_object_with_everything(
     assert scores["original"]["all"]["divergence"] == 0
     assert scores["run"]["all"]["divergence"] > 0
     assert set(scores["run"]["domains"]) == {"animals", "numbers", "code"}
+
+
+def test_every_recipe_that_is_shown_takes_another_method_as_the_users_own_would(
+    command: Command, write_recipe: WriteRecipe, store: ArtifactStore, tmp_path: Path
+) -> None:
+    path = write_recipe(sweep={"selection.budget": [4]})
+    run_here(path, store)
+    _, out, _ = command("run", path, "--json")
+    told = json.loads(out)
+    _, out, _ = command("sweep", path, "--json")
+    page = read(Path(told["report"]).read_text(encoding="utf-8"))
+    (details,) = [each for each in page.all("details") if each.all("summary")[0].text == "The whole recipe"]
+    on_page = "".join(each for each in details.all("pre")[0].children if isinstance(each, str))
+    record = json.loads(Path(told["record"]).read_text(encoding="utf-8"))
+    expected = load_recipe(path, ["quantization.method=rtn"])
+    for shown in (told["recipe"], json.loads(out)["recipe"], record["recipe"], yaml.safe_load(on_page)):
+        saved = tmp_path / "saved.yaml"
+        saved.write_text(yaml.safe_dump(shown), encoding="utf-8")
+        assert load_recipe(saved, ["quantization.method=rtn"]) == expected
 
 
 def test_run_shows_a_table_that_names_original_nearest_and_this_run(

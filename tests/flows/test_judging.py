@@ -3,10 +3,12 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from covercal.recipe import load_recipe
 from flows.chain import Chain, run_chain
@@ -14,13 +16,18 @@ from flows.dashboard import result_rows
 from flows.execution import FAILED, Direct, Event, Failed, Recorder
 from flows.inputs import identify
 from flows.report import conclude
+from flows.summary import quantization_summary, result_table
 from storage.artifacts import ArtifactStore
 from storage.tables import read_table
 from tasks.layers import read_layer_errors
 from tasks.quantize import LINEARS
-from tasks.report import run_left_out
+from tasks.report import run_left_out, run_page
+from tasks.report.results import task_groups
+from tasks.report.score_figures import task_scores
 from tests.covercal.test_language_tasks import CHOICES, write_task
 from tests.flows.test_cli import Command, command
+from tests.tasks.report.reading import read
+from tests.tasks.report.summaries import run_summary
 
 __all__ = ["command"]
 
@@ -59,9 +66,49 @@ def test_a_failed_task_loses_none_of_the_others_and_is_told(
     assert set(one["differences"]) == {"original", "nearest", "random"}
     assert other["scores"] == other["differences"] == {}
     assert "1000" in other["error"]
+    assert set(other["errors"]) == {"original", "nearest", "run", "random"}
     rows = {(row["on"], row["measure"]): row for row in result_rows(summary)}
     assert rows[one["task"], one["metric"]]["this run"] == one["scores"]["run"]["value"]
     assert rows[other["task"], ""]["this run"] == "failed"
+
+
+def test_a_model_that_was_not_to_be_scored_has_not_failed_where_another_did(
+    write_recipe: WriteRecipe, store: ArtifactStore, tasks: list[dict[str, Any]]
+) -> None:
+    path = write_recipe(evaluation={"tasks": tasks[1:], "task_models": ["original", "run"]})
+    _, summary, _ = run_here(path, store)
+    (row,) = [row for row in result_rows(summary) if row["on"] == summary["tasks"][0]["task"]]
+    shown = ["failed", "not scored", "not scored", "failed"]
+    assert [row[each["name"]] for each in summary["models"]] == shown
+    table = result_table(summary)
+    (line,) = [i for i, name in enumerate(table.columns[0].cells) if name == row["on"]]
+    assert [list(column.cells)[line] for column in table.columns[1:]] == shown
+
+
+def test_of_several_random_sets_a_task_says_that_the_first_was_scored(
+    write_recipe: WriteRecipe, store: ArtifactStore, tasks: list[dict[str, Any]]
+) -> None:
+    for sets, said in ((1, False), (2, True)):
+        path = write_recipe(evaluation={"tasks": tasks[:1], "random": sets, "layers": 0})
+        _, summary, _ = run_here(path, store)
+        (group,) = task_groups(summary)
+        labels = [*result_table(summary).columns[0].cells, group.rows[0].remark, result_rows(summary)[-1]["measure"]]
+        assert sum("of 2 random sets the first" in str(label) for label in labels) == 3 * said
+        assert ("Of the random sets the first was scored." in task_scores(summary)[0].caption) == said
+
+
+def test_the_table_shows_half_the_width_of_the_95_percent_interval_and_says_so(
+    write_recipe: WriteRecipe, store: ArtifactStore, tasks: list[dict[str, Any]]
+) -> None:
+    _, summary, _ = run_here(write_recipe(evaluation={"tasks": tasks[:1]}), store)
+    table = result_table(summary)
+    task, scores = summary["tasks"][0], summary["evaluation"][0]["run"]["all"]
+    lines = dict(zip(table.columns[0].cells, table.columns[-1].cells, strict=True))
+    half = norm.ppf(0.975) * scores["divergence_error"]
+    assert lines["KL, nats per token ± 95%"] == f"{scores['divergence']:.4f} ± {half:.4f}"
+    score = task["scores"]["run"]
+    half = norm.ppf(0.975) * score["error"]
+    assert lines[f"{task['task']}, {task['metric']} ± 95%"] == f"{score['value']:.4f} ± {half:.4f}"
 
 
 def test_what_failed_is_tried_again_and_nothing_else_is(
@@ -200,6 +247,44 @@ def test_linears_err_on_held_out_inputs_about_as_on_those_they_were_calibrated_w
     covered = summary["selection"]["coverage"]
     sites = {(row["block"], row["outlier_channels"], row["uncovered"]) for row in rows}
     assert sum(each[2] for each in sites) > 0 or covered == 1.0
+
+
+@pytest.mark.parametrize(
+    ("output_errors", "measure", "worst", "shown"),
+    [((0.2, None, 0.0), "output_error", "a", "Output error 0.1"), ((None,) * 3, "weight_error", "b", "Weight error")],
+)
+def test_the_worst_linear_is_that_of_one_measure(
+    write_recipe: WriteRecipe,
+    store: ArtifactStore,
+    monkeypatch: pytest.MonkeyPatch,
+    output_errors: tuple[float | None, ...],
+    measure: str,
+    worst: str,
+    shown: str,
+) -> None:
+    recipe = load_recipe(write_recipe(evaluation={"divergence": [], "random": 0}))
+    chain = run_chain(recipe, identify(recipe, store), Direct(store, Recorder()))
+    rows = [
+        {"name": name, "output_error": output, "weight_error": weight}
+        for name, output, weight in zip("abc", output_errors, (0.1, 0.9, 0.5), strict=True)
+    ]
+    monkeypatch.setattr("flows.summary.read_table", lambda *_: SimpleNamespace(to_pylist=lambda: rows))
+    found = quantization_summary(recipe, chain, store)
+    assert (found["worst_linear"], found["worst_measure"]) == (worst, measure)
+    assert found["worst_error"] == max(row[measure] for row in rows if row[measure] is not None)
+    page = read(run_page(run_summary(quantization=found), []))
+    assert shown in page.text
+
+
+def test_errors_are_not_explained_by_samples_that_the_method_does_not_read(
+    write_recipe: WriteRecipe, store: ArtifactStore
+) -> None:
+    _, summary, _ = run_here(write_recipe(), store, "quantization.method=cached")
+    assert any(row["uncovered"] for row in summary["layers"]["linears"])
+    assert summary["layers"]["correlation"] is None
+    assert summary["layers"]["explanation"] == (
+        "cached reads no chosen sample, so no error here comes from what they miss."
+    )
 
 
 def test_a_method_that_scales_inputs_has_no_view_of_linears(write_recipe: WriteRecipe, store: ArtifactStore) -> None:

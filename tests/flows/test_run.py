@@ -7,7 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -20,7 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from covercal.errors import ActivationError, InputError
-from covercal.recipe import load_recipe
+from covercal.recipe import load_recipe, plain
 from flows.chain import Chain, run_chain
 from flows.choosing import shown_selectors
 from flows.display import row_details
@@ -28,7 +30,7 @@ from flows.execution import Direct, Recorder
 from flows.inputs import identify
 from flows.plan import plan
 from flows.record import Finished
-from flows.report import conclude
+from flows.report import build_times, conclude
 from flows.run import execute
 from flows.summary import stage_rows
 from storage.artifacts import ArtifactStore
@@ -333,6 +335,31 @@ def test_the_command_line_runs_the_flow_then_answers_from_the_store(
     assert [record.state for record in records] == ["completed", "completed"]
     assert {stage.decision for stage in records[1].stages} == {"hit"}
     assert all(stage.reason for record in records for stage in record.stages)
+
+
+def test_an_artifact_that_stands_in_two_rows_took_its_time_once(
+    store: ArtifactStore, write_recipe: WriteRecipe
+) -> None:
+    recorder = Recorder()
+    recipe = load_recipe(write_recipe())
+    run_chain(recipe, identify(recipe, store), Direct(store, recorder), until="selection")
+    again = [replace(event, label=f"{event.label} again") for event in recorder.events if event.label == "selection"]
+    found = build_times(store, [*recorder.events, *again])
+    assert found == build_times(store, recorder.events)
+    manifests = list(store.manifests())
+    assert sum(found.values()) == pytest.approx(sum(each.seconds for each in manifests), abs=0.001 * len(manifests))
+
+
+def test_the_flow_gets_of_the_quantisation_what_was_given(
+    write_recipe: WriteRecipe, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_recipe())
+    handed: list[Any] = []
+    ended = SimpleNamespace(result=lambda **_: InputError("enough"))
+    monkeypatch.setattr("flows.entrypoints.quantize", lambda value, **_: handed.append(value) or ended)
+    with pytest.raises(InputError, match="enough"):
+        run_through_prefect(write_recipe(), store)
+    assert handed == [plain(recipe)]
 
 
 def test_with_a_server_configured_a_cached_run_still_goes_through_it(

@@ -87,9 +87,11 @@ def test_tasks_speak_where_there_are_no_texts() -> None:
     assert "empty" in verdict(recipe(), summary())
 
 
-def row(name: str, mean: float, difference: float | None, interval: float | None) -> dict[str, Any]:
+def row(name: str, mean: float | None, difference: float | None, interval: float | None) -> dict[str, Any]:
     fields = {"selection.selector": name, "selection.budget": 8}
-    return {"fields": fields, "mean": mean, "difference": difference, "difference_interval": interval}
+    random = None if mean is None or difference is None else mean - difference
+    value = {"fields": fields, "mean": mean, "difference": difference, "difference_interval": interval}
+    return {**value, "random_mean": random, "tasks": {}}
 
 
 def test_a_sweep_counts_only_what_is_more_than_noise() -> None:
@@ -99,19 +101,57 @@ def test_a_sweep_counts_only_what_is_more_than_noise() -> None:
         row("b", 0.97, -0.03, 0.05),
         row("c", 1.2, 0.2, 0.1),
     ]
-    words = sweep_verdict(rows, 0)
+    words = sweep_verdict(recipe(), rows, 0, 0)
     assert words.startswith(
         "By more than noise, 1 of 3 rows are better than random choice of the same size and 1 worse"
     )
     assert "selector a, budget 8, -10.0%" in words
     assert "failed" not in words
-    assert "2 cells failed" in sweep_verdict(rows, 2)
+    assert "2 cells failed" in sweep_verdict(recipe(), rows, 2, 0)
+
+
+def test_the_clearest_gain_is_a_share_of_random_choice_over_the_pools_that_both_have() -> None:
+    of_three_pools = {**row("a", 1.6, -0.1, 0.05), "random_mean": 1.0}  # and random choice has the two easy ones only
+    rows = [row("random", 1.0, None, None), of_three_pools]
+    assert "selector a, budget 8, -10.0%" in sweep_verdict(recipe(), rows, 0, 0)
 
 
 def test_a_sweep_without_random_choice_claims_nothing() -> None:
-    words = sweep_verdict([row("a", 0.9, None, None), row("b", 0.8, None, None)], 0)
+    words = sweep_verdict(recipe(), [row("a", 0.9, None, None), row("b", 0.8, None, None)], 0, 0)
     assert words.startswith("Lowest: selector b")
     assert "nothing says how much of it is noise" in words
+
+
+def test_a_row_without_a_number_loses_none_of_the_others() -> None:
+    rows = [row("a", None, None, None), row("b", 0.8, None, None)]
+    assert sweep_verdict(recipe(), rows, 0, 0).startswith("Lowest: selector b")
+    assert "Nothing was measured" in sweep_verdict(recipe(), rows[:1], 0, 0)
+
+
+def test_a_sweep_of_tasks_alone_names_the_best_row_of_each() -> None:
+    scored = {"a": (0.3, 12.0), "b": (0.4, 15.0)}
+    rows = [
+        {
+            **row(name, None, None, None),
+            "tasks": {
+                "arc": {"mean": accuracy, "higher_is_better": True},
+                "wikitext": {"mean": perplexity, "higher_is_better": False},
+            },
+        }
+        for name, (accuracy, perplexity) in scored.items()
+    ]
+    assert sweep_verdict(recipe(), rows, 0, 1) == (
+        "Best by task: arc 0.4 (selector b, budget 8); wikitext 12 (selector a, budget 8); nothing says how much of it "
+        "is noise. 1 task failed."
+    )
+
+
+def test_a_sweep_says_that_it_does_not_judge_what_is_required() -> None:
+    asked = parse_recipe(
+        {**RECIPE, "evaluation": {"divergence": [{"path": "p"}]}, "require": {"divergence": {"max": 1}}}, Path("/")
+    )
+    assert "A sweep does not judge what `require` asks for" in sweep_verdict(asked, [], 0, 0)
+    assert "require" not in sweep_verdict(recipe(), [], 0, 0)
 
 
 def linear(uncovered: int) -> dict[str, Any]:

@@ -170,6 +170,7 @@ def _quantization() -> dict[str, Any]:
         "mean_output_error": 0.0412,
         "worst_linear": "model.layers.29.mlp.down_proj",
         "worst_error": 0.1903,
+        "worst_measure": "output_error",
         "average_bits": 3.5391,
         "format": "pack-quantized",
         "why_dense": None,

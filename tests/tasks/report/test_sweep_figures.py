@@ -52,14 +52,33 @@ def test_the_table_of_the_budget_figure_holds_every_row(sweep: dict[str, Any], s
         assert cells[5] == str(len(row["values"]))
 
 
-def test_coverage_is_the_mean_over_seeds(sweep: dict[str, Any], sweep_drawn: dict[str, Figure]) -> None:
-    mine = [
-        cell["measures"]["weighted_coverage"]
-        for cell in sweep["cells"]
-        if cell["fields"]["selection.selector"] == "random" and cell["fields"]["selection.budget"] == 8
+def test_coverage_is_the_mean_over_seeds_of_each_setting(sweep: dict[str, Any], sweep_drawn: dict[str, Figure]) -> None:
+    for bits in (3, 4):
+        wanted = {"selection.selector": "random", "selection.budget": 8, "quantization.bits": bits}
+        mine = [
+            cell["measures"]["weighted_coverage"] for cell in sweep["cells"] if wanted.items() <= cell["fields"].items()
+        ]
+        table = sweep_drawn["sweep-coverage"].table
+        (row,) = [row for row in table.rows if row[:3] == (f"bits {bits}", "random", "8")]
+        assert row[3] == f"{100 * np.mean(mine):.1f}%"
+
+
+def test_coverage_with_other_outliers_has_a_panel_of_its_own() -> None:
+    cells = [
+        {
+            "fields": {"selection.selector": name, "selection.budget": budget, "outliers.k": k},
+            "measures": {"weighted_coverage": covered + budget / 100},
+        }
+        for k, values in ((4, {"coverage": 0.5, "random": 0.4}), (6, {"coverage": 0.7, "random": 0.8}))
+        for name, covered in values.items()
+        for budget in (8, 16)
     ]
-    row = next(row for row in sweep_drawn["sweep-coverage"].table.rows if row[:2] == ("random", "8"))
-    assert row[2] == f"{100 * np.mean(mine):.1f}%"
+    (figure,) = [each for each in sweep_figures(sweep_summary(rows=[], cells=cells)) if each.name == "sweep-coverage"]
+    assert [row[0] for row in figure.table.rows] == ["k 4"] * 4 + ["k 6"] * 4
+    assert [row[3][:2] for row in figure.table.rows] == ["58", "66", "48", "56", "78", "86", "88", "96"]
+    assert figure.caption == (
+        "Most of the outlier weight with the smallest budget: coverage@8, k 4 covers 58.0%; random@8, k 6 covers 88.0%."
+    )
 
 
 def test_a_sweep_without_random_or_budgets_says_so() -> None:
