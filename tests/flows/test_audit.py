@@ -233,7 +233,14 @@ def test_the_weakest_block_is_the_one_least_covered() -> None:
     shares = {0: 0.5, 3: 0.125, 7: 0.25}
     numbers = dict.fromkeys(("coverage", "random_coverage", "weighted_coverage", "random_weighted_coverage"), 0.5)
     numbers |= dict.fromkeys(("chosen_weighted_coverage", "jaccard", "gram_distance"), 0.5)
-    found = {"samples": 3, "pool_samples": 16, "outlier_channels": 9, "domains": {"b": 1, "a": 1, "c": 2}, **numbers}
+    found = {
+        "samples": 3,
+        "pool_samples": 16,
+        "dropped": "",
+        "outlier_channels": 9,
+        "domains": {"b": 1, "a": 1, "c": 2},
+        **numbers,
+    }
     lines = audit_lines({**found, "coverage_by_block": shares})
     assert "block 3: 12.5%" in lines[-1]
     assert "3 samples: 2 c, 1 a, 1 b" in lines[0]
