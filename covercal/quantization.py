@@ -534,7 +534,8 @@ def _quantize_site(
 def without_inputs(settings: Quantization) -> Quantization:
     """Return settings for the same grid that read nothing of the inputs: round to nearest."""
     kept = {"bits", "group_size", "symmetric", "storage_dtype", "salient", "activations"}
-    ranges = {"ranges": {"search": "mse"}} if settings.ranges.search == "mse" else {}
+    searched = settings.ranges.model_dump(include={"search", "shrink", "steps"})
+    ranges = {"ranges": searched} if settings.ranges.search == "mse" else {}
     return Quantization(method="rtn", **settings.model_dump(include=kept), **ranges)
 
 

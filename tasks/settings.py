@@ -95,7 +95,7 @@ def read_file(environment: Mapping[str, str]) -> dict[str, str]:
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if FILE in environment:
+        if environment.get(FILE):
             raise InputError(f"{FILE} names {path}, and there is no such file.") from None
         return {}
     except (OSError, UnicodeDecodeError) as cause:

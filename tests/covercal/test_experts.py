@@ -32,7 +32,7 @@ from covercal.experts import (
     unfused,
 )
 from covercal.gram import Wanted
-from covercal.quantization import QuantizedBlock, dequantized, quantize_blocks
+from covercal.quantization import QuantizedBlock, dequantized, quantize_blocks, without_inputs
 from covercal.quantization_settings import Quantization
 from covercal.quantizers.grid import GridSettings, min_max_grid
 from covercal.statistics import ActivationStatistics, capture
@@ -330,6 +330,12 @@ def test_rounding_to_nearest_reports_no_expert() -> None:
     settings = Quantization(method="rtn", bits=3, group_size=16)
     found = reports_of(list(quantize_blocks(decoder_of("mixtral"), [], settings, "float32")))
     assert {each.note for each in found.values()} == {""}
+
+
+def test_an_expert_that_few_tokens_reach_keeps_how_its_ranges_are_searched() -> None:
+    asked = Quantization.model_validate({"method": "gptq", "ranges": {"search": "mse", "shrink": 0.3, "steps": 7}})
+    left = without_inputs(asked).ranges
+    assert (left.search, left.shrink, left.steps, left.refit) == ("mse", 0.3, 7, 0)
 
 
 def test_an_expert_that_few_tokens_reach_keeps_its_salient_weights() -> None:

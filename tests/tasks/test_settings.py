@@ -48,6 +48,11 @@ def test_the_store_is_where_the_file_says(file: Path, tmp_path: Path) -> None:
     assert open_store().root == tmp_path / "store"
 
 
+def test_an_empty_name_of_the_file_names_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert read_file({settings.FILE: ""}) == {}
+
+
 def test_without_a_file_nothing_is_changed_and_one_that_is_named_must_be_there(file: Path) -> None:
     with pytest.raises(InputError, match="there is no such file"):
         read_file({settings.FILE: str(file)})
