@@ -356,9 +356,8 @@ def pack(
                 streams[index] = streams[index][:0]
                 continue
         streams[index] = sequence.add(streams[index], wanted, index, separator)
-        if packing == "separate" or len(sequence) == wanted:
-            untouched.difference_update(sequence.texts)
         if len(sequence) == wanted:
+            untouched.difference_update(sequence.texts)
             sample = Sample(sequence.tokens(), document.domain, tuple(documents[i].origin for i in sequence.texts))
             sequence.clear()
             if sample.digest in seen:

@@ -175,24 +175,24 @@ def _load_yaml(path: Path, *, functions: bool) -> dict[str, Any]:
 def _placed(config: Mapping[str, Any], path: Path, functions: bool) -> dict[str, Any]:
     """Return a configuration with data files absolute against the folder of `path`, in its subtasks too."""
     placed = dict(config)
+    if isinstance(placed.get("dataset_path"), str) and (path.parent / placed["dataset_path"]).is_dir():
+        placed["dataset_path"] = str((path.parent / placed["dataset_path"]).absolute())
     options = dict(placed.get("dataset_kwargs") or {})
-    here = not _on_hub(placed.get("dataset_path"), path.parent)  # else they are files of the data set
+    here = not _on_hub(placed.get("dataset_path"))  # else they are files of the data set
     if here and "data_files" in options:
         options["data_files"] = _absolute(options["data_files"], path)
     if here and "data_dir" in options:
         options["data_dir"] = str((path.parent / str(options["data_dir"])).absolute())
     if options:
         placed["dataset_kwargs"] = options
-    if isinstance(placed.get("dataset_path"), str) and (path.parent / placed["dataset_path"]).is_dir():
-        placed["dataset_path"] = str((path.parent / placed["dataset_path"]).absolute())
     if isinstance(placed.get("task"), list):
         placed["task"] = [_member(each, path, functions) for each in placed["task"]]
     return placed
 
 
-def _on_hub(source: Any, folder: Path) -> bool:
+def _on_hub(source: Any) -> bool:
     """Return whether a `dataset_path` names a data set on the hub, and no builder of `datasets` and no folder."""
-    return isinstance(source, str) and source not in BUILDERS and not (folder / source).exists()
+    return isinstance(source, str) and source not in BUILDERS and not Path(source).is_absolute()
 
 
 def _member(member: Any, path: Path, functions: bool) -> dict[str, Any]:
@@ -297,7 +297,7 @@ class _Collector:
         options = dict(config.get("dataset_kwargs") or {}) if isinstance(config.get("dataset_kwargs"), Mapping) else {}
         source = config.get("dataset_path")
         plain: dict[str, Any] = {}
-        here = not _on_hub(source, Path("/"))
+        here = not _on_hub(source)
         if here and options.get("data_files") is not None:
             options["data_files"] = self._files(options["data_files"], lambda path: [path])
         if here and options.get("data_dir") is not None:

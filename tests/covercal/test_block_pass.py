@@ -48,6 +48,13 @@ def read_anew(block: nn.Module, site: Site, running: Calibration) -> list[Tensor
     return found
 
 
+def assert_read_as_anew(passing: BlockPass, plain: nn.Module, site: Site, running: Calibration) -> None:
+    """Make sure that a site reads, to the bit, what it reads in a pass of another block from its start."""
+    expected = read_anew(plain, site, running)
+    found = [read.x for _, read in passing.inputs(site)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @both_ways
 @some_models
 def test_each_site_is_read_behind_the_changed_sites_before_it(architecture: str, keep: bool) -> None:
@@ -56,10 +63,7 @@ def test_each_site_is_read_behind_the_changed_sites_before_it(architecture: str,
     plain = copy.deepcopy(block)
     with BlockPass(block, sites, running.hidden, running.batches, keep=keep) as passing:
         for site in sites:
-            expected = read_anew(plain, site, running)
-            found = [read.x for _, read in passing.inputs(site)]
-            assert len(found) == len(expected)
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            assert_read_as_anew(passing, plain, site, running)
             for each in (block, plain):
                 coarsened(each, site)
         entering = list(running.hidden)
@@ -136,9 +140,7 @@ def test_the_hooks_of_a_finished_site_are_heard_once(architecture: str, keep: bo
     plain = copy.deepcopy(block)
     with BlockPass(block, sites, running.hidden, running.batches, keep=keep) as passing:
         for site in sites:
-            expected = read_anew(plain, site, running)
-            found = [read.x for _, read in passing.inputs(site)]
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            assert_read_as_anew(passing, plain, site, running)
             for each in (block, plain):
                 for name in site.linears:
                     linear_of(each, name).register_forward_pre_hook(lambda _, inputs: (inputs[0] * 0.75,))

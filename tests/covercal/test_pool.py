@@ -406,17 +406,10 @@ def packed(
     return list(pack(documents, tokenizer(first), lengths, packing=packing, seed=seed, counts=counts))
 
 
-def packed_without_repeats(
-    documents: Sequence[Document],
-    lengths: Sequence[int],
-    *,
-    packing: str = "join",
-    seed: int = 0,
-    first: bool = False,
-) -> list[Sample]:
+def packed_without_repeats(documents: Sequence[Document], lengths: Sequence[int], **how: Any) -> list[Sample]:
     """Return all samples that the texts give, of texts whose samples all differ."""
     counts = Counts()
-    samples = packed(documents, lengths, packing=packing, seed=seed, first=first, counts=counts)
+    samples = packed(documents, lengths, counts=counts, **how)
     assume(not counts.repeated)
     return samples
 
