@@ -51,7 +51,12 @@ class Item:
 
 
 def score_language_task(
-    decoder: "Decoder", tokenizer: Any, task: LanguageTask, started: "Started" = lambda total, unit: lambda n: None
+    decoder: "Decoder",
+    tokenizer: Any,
+    task: LanguageTask,
+    started: "Started" = lambda total, unit: lambda n: None,
+    *,
+    commits: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], list[Item]]:
     """Run a task through lm-eval, and return its scores and items.
 
@@ -61,6 +66,8 @@ def score_language_task(
         A model that is loaded whole, and its tokenizer.
     started
         Is told how many requests there are; returns what is told of finished ones.
+    commits
+        At which commit data sets on the hub are read: see `covercal.task_files.load_task`.
 
     Returns
     -------
@@ -84,7 +91,7 @@ def score_language_task(
     from covercal.harness_model import HarnessModel
 
     with _quiet():
-        loaded = load_task(task)
+        loaded = load_task(task, commits)
         for each in loaded["tasks"].values():
             _set_shots(each, task)
         model = HarnessModel(decoder, tokenizer, started)

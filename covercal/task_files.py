@@ -11,9 +11,11 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import yaml
@@ -35,6 +37,7 @@ BUILDERS = {
 HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/")
 PIECE_BYTES = 1 << 20
 TAIL_BYTES = 1 << 16
+_LOADING = Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,18 @@ def describe_task(task: LanguageTask) -> TaskParts:
     return TaskParts(task.name or name, config, tuple(found.functions), tuple(found.data), tuple(found.hub))
 
 
-def load_task(task: LanguageTask) -> dict[str, Any]:
+def hub_label(name: str, revision: str | None) -> str:
+    """Return what a data set on the hub is called at a branch or tag; at the default one, its name."""
+    return name if revision is None else f"{name}@{revision}"
+
+
+def load_task(task: LanguageTask, commits: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Return lm-eval's task objects with their data: `TaskDict` of its `TaskManager`.
+
+    Parameters
+    ----------
+    commits
+        At which commit data sets on the hub are read, by their `hub_label`; others as they are now.
 
     Raises
     ------
@@ -90,10 +103,11 @@ def load_task(task: LanguageTask) -> dict[str, Any]:
 
     wrong = (AssertionError, AttributeError, ImportError, IndexError, KeyError, OSError, TypeError, ValueError)
     try:
-        if task.path is None:
-            loaded = _manager().load([str(task.name)])
-        else:
-            loaded = _made(read_task(Path(task.path), functions=True))
+        with _pinned(commits or {}):
+            if task.path is None:
+                loaded = _manager().load([str(task.name)])
+            else:
+                loaded = _made(read_task(Path(task.path), functions=True))
     except (*wrong, DatasetsError, DatasetGenerationError, TemplateError) as cause:
         reason = cause.__cause__ if isinstance(cause, DatasetGenerationError) and cause.__cause__ else cause
         line = (str(reason).strip() or type(reason).__name__).splitlines()[0]
@@ -114,6 +128,42 @@ def read_task(path: Path, *, functions: bool) -> dict[str, Any]:
     if "task" not in config and "group" not in config:
         raise InputError(f"Task file {path} is no lm-eval task: it has neither `task:` nor `group:`.")
     return _placed(config, path, functions)
+
+
+@contextmanager
+def _pinned(commits: Mapping[str, str]) -> Iterator[None]:
+    """Have lm-eval read data sets on the hub at these commits, one load at a time: its own tasks name none."""
+    import datasets
+
+    with _LOADING:
+        load = datasets.load_dataset
+
+        @wraps(load)
+        def at_commit(path: str, *arguments: Any, **options: Any) -> Any:
+            commit = commits.get(hub_label(path, options.get("revision")))
+            if commit is not None:
+                options["revision"] = commit
+            if "data_files" in options:
+                options["data_files"] = _files_at(options["data_files"], commits)
+            return load(path, *arguments, **options)
+
+        datasets.load_dataset = at_commit
+        try:
+            yield
+        finally:
+            datasets.load_dataset = load
+
+
+def _files_at(value: Any, commits: Mapping[str, str]) -> Any:
+    """Return `data_files` with those on the hub named at their commits."""
+    if isinstance(value, Mapping):
+        return {name: _files_at(each, commits) for name, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_files_at(each, commits) for each in value]
+    named = HUB_FILE.match(str(value))
+    if named is None or (commit := commits.get(hub_label(named[1], named[2]))) is None:
+        return value
+    return f"hf://datasets/{named[1]}@{commit}/{value[named.end() :]}"
 
 
 def check_data(path: Path) -> None:

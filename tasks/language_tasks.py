@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from covercal.errors import InputError
 from covercal.recipe import LanguageTask, TextSource
-from covercal.task_files import TaskParts, describe_task
+from covercal.task_files import TaskParts, describe_task, hub_label
 from storage.artifacts import ArtifactStore
 from storage.keys import canonical_json, hash_tagged
 from storage.manifest import Ref
@@ -43,7 +43,7 @@ class TaskIdentity:
     harness
         Version of lm-eval: prompts, filters and the drawing of examples are its code.
     commits
-        Of its data sets on the hub, by their names.
+        Of its data sets on the hub, by their `hub_label`; they are read at these.
     """
 
     task: LanguageTask
@@ -80,7 +80,7 @@ def identify_task(task: LanguageTask, store: ArtifactStore) -> TaskIdentity:
         When it is unknown, or a file is missing, cut short or no task.
     """
     parts = describe_task(task)
-    commits = {name: dataset_commit(TextSource(hub=name, revision=revision)) for name, revision in parts.hub}
+    commits = {hub_label(*each): dataset_commit(TextSource(hub=each[0], revision=each[1])) for each in parts.hub}
     config, data = _fingerprints(parts, commits, store)
     return TaskIdentity(task, parts.name, config, data, version("lm_eval"), tuple(commits.items()))
 
@@ -122,7 +122,7 @@ def score_task(
     from covercal.language_tasks import score_language_task
 
     decoder, tokenizer = _model(build.store, checkpoint, model, imported, dtype, device)
-    scores, items = score_language_task(decoder, tokenizer, task.task, build.progress)
+    scores, items = score_language_task(decoder, tokenizer, task.task, build.progress, commits=dict(task.commits))
     (build.folder / SCORES).write_text(json.dumps(scores, indent=1), encoding="utf-8")
     names = ("subtask", "metric", "item", "value", "weight", "document", "prompt", "target")
     write_table(build.folder / ITEMS, {name: [getattr(item, name) for item in items] for name in names})

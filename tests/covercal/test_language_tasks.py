@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import yaml
@@ -415,6 +416,37 @@ def test_a_task_file_may_name_files_of_a_data_set_on_the_hub(tmp_path: Path) -> 
     kept = {"dataset_path": "json", "dataset_kwargs": {"data_files": "hf://datasets/owner/name@v1/test.jsonl"}}
     parts = describe_task(LanguageTask(path=str(write_task(tmp_path, {**CHOICES, **kept}))))
     assert (parts.data, parts.hub) == ((), (("owner/name", "v1"),))
+
+
+HUB_SOURCES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"dataset_path": "owner/name"}, {"path": "owner/name", "revision": "a" * 40}),
+    (
+        {"dataset_path": "owner/name", "dataset_kwargs": {"revision": "v1"}},
+        {"path": "owner/name", "revision": "b" * 40},
+    ),
+    (
+        {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": ["hf://datasets/owner/name@v1/x.jsonl"]}}},
+        {"path": "json", "data_files": {"test": [f"hf://datasets/owner/name@{'b' * 40}/x.jsonl"]}},
+    ),
+    ({"dataset_path": "owner/other"}, {"path": "owner/other"}),
+]
+
+
+@pytest.mark.parametrize(("source", "wanted"), HUB_SOURCES)
+def test_a_data_set_on_the_hub_is_read_at_its_commit(
+    source: dict[str, Any], wanted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def load_dataset(path: str, name: str | None = None, **options: Any) -> Any:
+        asked.append({"path": path, **options})
+        return datasets.DatasetDict({"test": datasets.Dataset.from_list(items(3))})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    path = write_task(tmp_path, {**{k: v for k, v in CHOICES.items() if k != "dataset_kwargs"}, **source})
+    load_task(LanguageTask(path=str(path)), {"owner/name": "a" * 40, "owner/name@v1": "b" * 40})
+    assert asked == [wanted]
+    assert datasets.load_dataset is load_dataset
 
 
 def test_functions_of_lm_evals_own_tasks_are_found() -> None:

@@ -137,6 +137,17 @@ def test_a_task_of_the_hub_is_its_configuration_and_the_commit_of_its_data(
     assert (other.data, other.config != first.config) == (first.data, True)
 
 
+def test_two_revisions_of_one_data_set_are_two(
+    tmp_path: Path, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"train": "hf://datasets/o/n@v1/a.jsonl", "test": "hf://datasets/o/n@v2/a.jsonl"}
+    path = tmp_path / "task.yaml"
+    path.write_text(json.dumps({"task": "t", "dataset_path": "json", "dataset_kwargs": {"data_files": files}}))
+    monkeypatch.setattr("tasks.language_tasks.dataset_commit", lambda source: f"commit of {source.revision}")
+    commits = identify_task(LanguageTask(path=str(path)), store).commits
+    assert dict(commits) == {"o/n@v1": "commit of v1", "o/n@v2": "commit of v2"}
+
+
 # --- keys ----------------------------------------------------------------------------------------------------------
 
 
