@@ -16,17 +16,18 @@ from transformers import PreTrainedModel
 
 from covercal.decoder import DTYPES, Decoder
 from covercal.errors import QuantizationError
-from covercal.experts import checkpoint_names, has_experts
+from covercal.experts import checkpoint_names, has_experts, is_linear, keeps_together, put_together
 from covercal.quantization import QuantizedBlock, QuantizedLinear, dequantized
 from covercal.quantization_settings import Dtype, Quantization
 
 INDEX = "model.safetensors.index.json"
 RECORD = "covercal.json"
+WORD = 32  # bits; codes are packed into such
 FLATTENING = frozenset({"opt"})  # types of models that hand their linears (tokens, channels) without sequences
 Format = Literal["pack-quantized", "int-quantized", "dense"]
 
 
-def checkpoint_format(settings: Quantization, model: nn.Module) -> tuple[Format, str]:
+def checkpoint_format(settings: Quantization, model: PreTrainedModel) -> tuple[Format, str]:
     """Return how weights are kept, and when it is dense, why.
 
     Packed codes are the default. Quantised activations need `int-quantized`. What neither can hold is kept dense: the
@@ -38,6 +39,15 @@ def checkpoint_format(settings: Quantization, model: nn.Module) -> tuple[Format,
         return "int-quantized", ""
     if has_experts(model) and not settings.symmetric:
         return "dense", "transformers reads packed experts on symmetric grids only"
+    if has_experts(model) and keeps_together(model, checkpoint_names(model)):
+        return (
+            "dense",
+            "checkpoints of this model hold all experts of a layer in one tensor, which no packed format has",
+        )
+    if not settings.symmetric and any(
+        is_linear(m) and m.out_features <= WORD // settings.bits for m in model.modules()
+    ):
+        return "dense", "compressed-tensors cannot unpack the zero points of a linear with so few outputs"
     return "pack-quantized", ""
 
 
@@ -80,10 +90,12 @@ class CheckpointWriter:
     format: Format = field(init=False)
     why_dense: str = field(init=False)
     _names: dict[str, str] = field(init=False)
+    _together: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.format, self.why_dense = checkpoint_format(self.settings, self.decoder.model)
         self._names = checkpoint_names(self.decoder.model)
+        self._together = keeps_together(self.decoder.model, self._names)
 
     def shard_name(self, index: int) -> str:
         """Return the file name of a block's shard; one more follows the last block."""
@@ -143,7 +155,10 @@ class CheckpointWriter:
         return kept
 
     def _save(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        stored = {self._stored_name(name): self._stored(tensor) for name, tensor in tensors.items()}
+        if self._together:
+            stored = {n: self._stored(tensor) for n, tensor in put_together(self.decoder.model, tensors).items()}
+        else:
+            stored = {self._stored_name(n): self._stored(tensor) for n, tensor in tensors.items()}
         save_file(dict(sorted(stored.items())), path, {"format": "pt"})
 
     def _stored_name(self, name: str) -> str:

@@ -1,8 +1,8 @@
 """A decoder-only language model as a row of blocks, each with linears grouped by the input they share."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from covercal.errors import InputError
-from covercal.experts import is_fused, is_router, probing, unfuse_experts, unfused
+from covercal.experts import is_fused, is_linear, is_router, probing, unfuse_experts, unfused
 from covercal.model_files import check_shards
 from covercal.quantization_settings import Dtype
-from covercal.streaming import StreamedWeights, empty_model
+from covercal.streaming import StreamedWeights, body_of, empty_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOKENS = 4
+SMALL_SHARE = 0.05  # of the weights of a block's linears: what else has matrices may stay as it is
+SAME_HIDDEN = 1e-2  # between a model's own pass and its blocks one by one: nothing but the order of sums may differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ class Decoder:
         Where the blocks' weights are read when they are needed; None when all of them are loaded.
     probe
         A few tokens on their way into the first block.
+    returned
+        How many things a block returns in a tuple, hidden states first; None where it returns these alone.
     """
 
     model: PreTrainedModel
@@ -78,6 +82,7 @@ class Decoder:
     sites: tuple[Site, ...]
     weights: StreamedWeights | None = None
     probe: "Probe | None" = None
+    returned: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -87,8 +92,7 @@ class Decoder:
     @property
     def body(self) -> nn.Module:
         """Return the model without its language-model head."""
-        body: nn.Module = self.model.get_decoder()
-        return body
+        return body_of(self.model, self.blocks_path)
 
     def block(self, index: int) -> nn.Module:
         """Return a block with its weights, not to be changed; of a streamed model it is read now."""
@@ -139,11 +143,11 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
 def _linears(block: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the linears of a block, those of fused experts as if they had been taken apart."""
     for name, module in block.named_modules():
-        if isinstance(module, nn.Linear):
+        if is_linear(module):
             yield name, module
         elif is_fused(module):
             for inner, linear in unfused(module).named_modules():
-                if isinstance(linear, nn.Linear):
+                if is_linear(linear):
                     yield f"{name}.{inner}", linear
 
 
@@ -226,7 +230,9 @@ def make_decoder(model: PreTrainedModel) -> Decoder:
     for block in blocks:
         _align_experts(block, model.dtype)
         unfuse_experts(block)
-    return _with_sites(Decoder(model, path, blocks, ()))
+    decoder = _with_sites(Decoder(model, path, blocks, ()))
+    _check_walk(decoder)
+    return decoder
 
 
 def _align_experts(block: nn.Module, dtype: torch.dtype) -> None:
@@ -248,9 +254,40 @@ def _streamed_decoder(folder: Path, dtype: Dtype, device: torch.device, trust_re
 def _with_sites(decoder: Decoder) -> Decoder:
     with decoder.around(head=True):  # so that what the files lack is told now
         tokens = torch.zeros((1, PROBE_TOKENS), dtype=torch.int64, device=decoder.device)
+        decoder = replace(decoder, returned=_returned(decoder, tokens))
         hidden, arguments = block_inputs(decoder, tokens)
     probe = Probe(hidden, tuple(arguments))
     return replace(decoder, probe=probe, sites=tuple(_trace_sites(decoder, probe)))
+
+
+@torch.inference_mode()
+def _check_walk(decoder: Decoder) -> None:
+    """Raise when blocks that are run one by one do not compute what the model computes.
+
+    Raises
+    ------
+    InputError
+        Naming the model.
+    """
+    tokens = torch.arange(PROBE_TOKENS, device=decoder.device)[None]
+    left: list[Tensor] = []
+    handle = decoder.blocks[-1].register_forward_hook(lambda _, __, output: left.append(_hidden_of(output)))
+    decoder.body(input_ids=tokens, use_cache=False)
+    handle.remove()
+    hidden, arguments = block_inputs(decoder, tokens)
+    refused = InputError(
+        f"The blocks of {type(decoder.model).__name__} do not compute by themselves what the model does: more than "
+        "hidden states goes from one to another, and covercal quantises one block after the other."
+    )
+    try:
+        for block, (positional, keywords) in zip(decoder.blocks, arguments, strict=True):
+            own = {name: copy.copy(v) if isinstance(v, MutableMapping) else v for name, v in keywords.items()}
+            hidden = run_block(block, hidden, (positional, own))  # nothing that another block left in a mapping
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as cause:
+        raise refused from cause
+    expected, hidden = left[-1].float(), hidden.float()
+    if float((hidden - expected).norm()) > SAME_HIDDEN * float(expected.norm()):
+        raise refused
 
 
 def describe_decoder(folder: Path, *, trust_remote_code: bool = False) -> Decoder:
@@ -265,7 +302,7 @@ def describe_decoder(folder: Path, *, trust_remote_code: bool = False) -> Decode
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError) as cause:
+    except (ValueError, KeyError, OSError, ImportError, RuntimeError) as cause:
         raise InputError(
             f"transformers cannot make a model of {folder / 'config.json'}: {str(cause).strip().splitlines()[0]} "
             "(a model that brings its own code needs model.trust_remote_code: true)."
@@ -299,7 +336,9 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
 
 
 def check_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
-    """Raise when a block has a weight matrix outside `nn.Linear`, which would silently stay unquantised.
+    """Raise when much of a block lies outside `nn.Linear`: it would silently stay as it is.
+
+    What is small stays unquantised: routers, and the short convolutions of hybrid models.
 
     Raises
     ------
@@ -307,16 +346,20 @@ def check_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
         Naming the block, the module and its class.
     """
     for index, block in enumerate(blocks):
-        for name, module in block.named_modules():
-            if isinstance(module, nn.Linear) or is_fused(module):
-                continue
-            for parameter_name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim >= 2 and not is_router(module, parameter):
-                    raise InputError(
-                        f"Block {index} of {type(model).__name__} keeps weights in `{name}.{parameter_name}` "
-                        f"({type(module).__name__}, shape {tuple(parameter.shape)}); "
-                        "covercal quantises nn.Linear layers only."
-                    )
+        outside = [
+            (parameter.numel(), f"{name}.{parameter_name}", type(module).__name__, tuple(parameter.shape))
+            for name, module in block.named_modules()
+            if not is_linear(module) and not is_fused(module)
+            for parameter_name, parameter in module.named_parameters(recurse=False)
+            if parameter.squeeze().ndim >= 2 and not is_router(module, parameter)
+        ]
+        inside = sum(linear.weight.numel() for _, linear in _linears(block))
+        if sum(size for size, *_ in outside) > SMALL_SHARE * inside:
+            _, name, kind, shape = max(outside)
+            raise InputError(
+                f"Block {index} of {type(model).__name__} keeps weights in `{name}` ({kind}, shape {shape}); "
+                "covercal quantises nn.Linear layers only."
+            )
 
 
 def check_sites(model: PreTrainedModel, index: int, block: nn.Module, sites: Sequence[Site]) -> None:
@@ -329,7 +372,7 @@ def check_sites(model: PreTrainedModel, index: int, block: nn.Module, sites: Seq
     """
     read = [name for site in sites for name in site.linears]
     for name, module in block.named_modules():
-        if isinstance(module, nn.Linear) and read.count(name) != 1:
+        if is_linear(module) and read.count(name) != 1:
             raise InputError(
                 f"Block {index} of {type(model).__name__} reads {read.count(name)} inputs with `{name}` in a text "
                 f"of {PROBE_TOKENS} tokens; covercal quantises linears that read exactly one."
@@ -365,6 +408,27 @@ class Probe:
     arguments: tuple[BlockArguments, ...]
 
 
+class _EnteredError(Exception):
+    """A pass came to the first block."""
+
+
+@torch.inference_mode()
+def _returned(decoder: Decoder, tokens: Tensor) -> int | None:
+    """Return how many things a block returns in a tuple: see `Decoder.returned`."""
+    found: list[Any] = []
+    block = decoder.block(0)
+    forward = block.forward  # its own, also where it is the model's block, whose forward is replaced below
+
+    def run_one(*positional: Any, **keywords: Any) -> None:
+        with probing(block):
+            found.append(forward(*positional, **keywords))
+        raise _EnteredError
+
+    with replaced_forward(decoder.blocks[0], run_one), suppress(_EnteredError):
+        decoder.body(input_ids=tokens, use_cache=False)
+    return len(found[0]) if isinstance(found[0], tuple) else None
+
+
 @torch.inference_mode()
 def block_inputs(decoder: Decoder, tokens: Tensor) -> tuple[Tensor, list[BlockArguments]]:
     """Return what enters the first block, and every block's other arguments (masks, positions), without running any.
@@ -386,11 +450,11 @@ def block_inputs(decoder: Decoder, tokens: Tensor) -> tuple[Tensor, list[BlockAr
     entered: list[Tensor] = []
     arguments: list[BlockArguments] = []
 
-    def pass_through(*positional: Any, **keywords: Any) -> Tensor:
-        hidden = positional[0] if positional else keywords.pop("hidden_states")
+    def pass_through(*positional: Any, **keywords: Any) -> Tensor | tuple[Tensor | None, ...]:
+        hidden = torch.as_tensor(positional[0] if positional else keywords.pop("hidden_states"))
         entered.append(hidden)
         arguments.append((positional[1:], keywords))
-        return torch.as_tensor(hidden)
+        return hidden if decoder.returned is None else (hidden, *[None] * (decoder.returned - 1))
 
     with ExitStack() as stack:
         for block in decoder.blocks:
@@ -413,9 +477,13 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 def run_block(block: nn.Module, hidden: Tensor, arguments: BlockArguments) -> Tensor:
     """Return a block's output hidden states, (sequences, length, model width)."""
     positional, keywords = arguments
-    output = block(hidden, *positional, **keywords)
-    result: Tensor = output[0] if isinstance(output, tuple) else output
-    return result
+    return _hidden_of(block(hidden, *positional, **keywords))
+
+
+def _hidden_of(output: Any) -> Tensor:
+    """Return the hidden states of what a block returned."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def _trace_sites(decoder: Decoder, probe: "Probe") -> Iterator[Site]:
@@ -427,7 +495,7 @@ def _trace_sites(decoder: Decoder, probe: "Probe") -> Iterator[Site]:
         hooks = [
             module.register_forward_pre_hook(_note_input(seen, name))
             for name, module in block.named_modules()
-            if isinstance(module, nn.Linear)
+            if is_linear(module)
         ]
         with probing(block):
             hidden = run_block(block, hidden, probe.arguments[index])
@@ -464,6 +532,14 @@ def final_hidden(decoder: Decoder, tokens: Tensor) -> Tensor:
     return hidden
 
 
+class _BodyOutput(MoeModelOutputWithPast):  # type: ignore[misc]
+    """What a body returns to its head: hidden states, and None for whatever else a model passes on."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 @torch.inference_mode()
 def head_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     """Return the model's own logits in float32 for given final hidden states, (sequences, length, vocabulary).
@@ -472,6 +548,6 @@ def head_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     soft-capping) is the model's own code.
     """
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-    with replaced_forward(decoder.body, lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden)):
+    with replaced_forward(decoder.body, lambda *_, **__: _BodyOutput(last_hidden_state=hidden)):
         logits: Tensor = decoder.model(input_ids=tokens, use_cache=False).logits
     return logits.float()

@@ -1,8 +1,9 @@
 """Mixture-of-experts layers: the experts that transformers keeps fused in one parameter, as linears of their own."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from covercal.errors import InputError
 
 FUSED = {"gate_up_proj", "down_proj"}  # (experts, 2 * inner, width) and (experts, width, inner)
+FEWEST_OUTPUTS = 9
 PROBED_TOKENS = 3
 TOLERANCE = 1e-3
 
@@ -25,7 +27,7 @@ class Expert(nn.Module):
         int64: which rows of the layer's hidden states it was last given; None before the first.
     """
 
-    def __init__(self, gate: Tensor, up: Tensor, down: Tensor, activation: nn.Module) -> None:
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = (linear_with(weight) for weight in (gate, up, down))
         self.act_fn = activation
@@ -97,7 +99,7 @@ def linear_with(weight: Tensor) -> nn.Linear:
 def is_fused(module: nn.Module) -> bool:
     """Return whether a module holds gated experts fused the way that `unfuse_experts` knows."""
     parameters = dict(module.named_parameters(recurse=False))
-    if set(parameters) != FUSED or not isinstance(getattr(module, "act_fn", None), nn.Module):
+    if set(parameters) != FUSED or not callable(getattr(module, "act_fn", None)):
         return False
     gate_up, down = parameters["gate_up_proj"], parameters["down_proj"]
     if gate_up.ndim != 3 or down.ndim != 3:
@@ -114,6 +116,16 @@ def is_router(module: nn.Module, weight: Tensor) -> bool:
     )
 
 
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Return whether a module is a linear that is quantised: not a gate of few outputs, and none that scores experts.
+
+    Their weights are few, and what they decide is much.
+    """
+    if not isinstance(module, nn.Linear) or module.out_features < FEWEST_OUTPUTS:
+        return False
+    return not is_router(module, module.weight)
+
+
 def unfused(module: nn.Module) -> Experts:
     """Return the experts of a fused module as linears that share its memory.
 
@@ -124,7 +136,7 @@ def unfused(module: nn.Module) -> Experts:
     """
     gate_up, down = module.get_parameter("gate_up_proj").data, module.get_parameter("down_proj").data
     inner = down.shape[2]
-    activation = module.get_submodule("act_fn")
+    activation: Any = module.act_fn
     experts = Experts(
         Expert(gate_up[number, :inner], gate_up[number, inner:], down[number], activation)
         for number in range(len(down))
@@ -161,8 +173,7 @@ def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
     """
     if not has_experts(model):
         return {}
-    with torch.device("meta"):
-        skeleton = type(model)(model.config)
+    skeleton = _skeleton(model)
     state, origins = _marked_state(skeleton)
     names = {}
     for name, tensor in revert_weight_conversion(skeleton, state).items():
@@ -170,6 +181,46 @@ def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
         if value in origins:
             names[origins[value]] = name.rpartition(".")[0]
     return names
+
+
+def keeps_together(model: PreTrainedModel, names: Mapping[str, str]) -> bool:
+    """Return whether checkpoints of a model hold several experts in one tensor.
+
+    Parameters
+    ----------
+    names
+        The model's `checkpoint_names`.
+    """
+    experts = [name for name, module in model.named_modules() if isinstance(module, Experts) or is_fused(module)]
+    return any(f"{name}.1.{part}" not in names for name in experts for part in ("gate_proj", "up_proj", "down_proj"))
+
+
+def put_together(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of some blocks as a checkpoint keeps them, all experts of a layer in one: names and values.
+
+    Parameters
+    ----------
+    tensors
+        By their names in the model with its experts taken apart; experts whole or not at all.
+    """
+    skeleton = _skeleton(model)
+    state = dict(tensors)
+    for name, module in skeleton.named_modules():
+        if not is_fused(module) or f"{name}.0.down_proj.weight" not in state:
+            continue
+        count = module.get_parameter("down_proj").shape[0]
+        gate, up, down = (
+            torch.stack([state.pop(f"{name}.{number}.{part}.weight") for number in range(count)])
+            for part in ("gate_proj", "up_proj", "down_proj")
+        )
+        state |= {f"{name}.gate_up_proj": torch.cat([gate, up], dim=1), f"{name}.down_proj": down}
+    return dict(revert_weight_conversion(skeleton, state))
+
+
+def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model as transformers makes it, without weights."""
+    with torch.device("meta"):
+        return type(model)(model.config)
 
 
 def _marked_state(skeleton: nn.Module) -> tuple[dict[str, Tensor], dict[int, str]]:

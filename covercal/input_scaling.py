@@ -98,7 +98,7 @@ def _folds(decoder: Decoder, block: nn.Module, sites: Sequence[Site]) -> dict[in
     generator = torch.Generator().manual_seed(index)
     hidden = torch.randn(probe.hidden.shape, generator=generator).to(probe.hidden.device)
     arguments = _widened(probe.arguments[index])
-    size = head_size(decoder)
+    size = head_size(decoder, index)
     shared = [site for site in sites if expert_of(wide, site) is None]
     folds = find_folds(wide, shared, lambda module: run_block(module, hidden, arguments), size)
     for site in sites:
@@ -129,9 +129,11 @@ def _only(expert: nn.Module, hidden: Tensor) -> Callable[[nn.Module], Tensor]:
     return run
 
 
-def head_size(decoder: Decoder) -> int:
-    """Return the width of an attention head."""
+def head_size(decoder: Decoder, block: int) -> int:
+    """Return the width of an attention head of a block."""
     config = decoder.model.config.get_text_config()
+    each = getattr(config, "per_layer_config", None)
+    config = config if each is None else each[block]
     size = getattr(config, "head_dim", None)
     return int(size or config.hidden_size // config.num_attention_heads)
 

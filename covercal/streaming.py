@@ -24,6 +24,14 @@ from covercal.errors import InputError
 from covercal.model_files import weight_files
 
 
+def body_of(model: PreTrainedModel, blocks_path: str) -> nn.Module:
+    """Return a model without its language-model head."""
+    body: nn.Module = model.get_decoder()
+    blocks = model.get_submodule(blocks_path)
+    holds_blocks = any(module is blocks for module in body.modules())
+    return body if holds_blocks else model.base_model  # some models call their head the decoder
+
+
 def empty_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
     """Return the model of a folder's configuration, without weights (on the meta device) but with computed buffers."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -79,7 +87,7 @@ class StreamedWeights:
         """
         inside = f"{self._path}."
         outside = [(name, p) for name, p in self._model.named_parameters() if not name.startswith(inside)]
-        body = {id(parameter) for parameter in self._model.get_decoder().parameters()}
+        body = {id(parameter) for parameter in body_of(self._model, self._path).parameters()}
         apart = set() if head else {name for name, parameter in outside if id(parameter) not in body}
         missing = self._load({key: path for key, path in self._rest.items() if self._targets[key] not in apart})
         self._model.tie_weights(missing_keys=missing, recompute_mapping=False)

@@ -62,7 +62,7 @@ def pool_shards(store: ArtifactStore, pool: Ref, size: int) -> tuple[Shard, ...]
 
 @cached(
     "statistics",
-    version=2,
+    version=3,
     ignored=("imported", "pool", "device"),
     names={"sites": "statistics.sites", "skip_tokens": "statistics.skip_tokens", "dtype": "model.dtype"},
 )

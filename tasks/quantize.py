@@ -90,7 +90,7 @@ class PoolInputs:
 NO_POOL = PoolInputs()
 
 
-@cached("block", version=7, ignored=("imported", "device"), names={"dtype": "model.dtype"})
+@cached("block", version=8, ignored=("imported", "device"), names={"dtype": "model.dtype"})
 def quantize_block(
     build: Build,
     *,
@@ -124,7 +124,7 @@ def _with_tokenizer(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 @cached(
     "checkpoint",
-    version=9,
+    version=10,
     ignored=("imported", "pool", "device"),
     names={"dtype": "model.dtype"},
     keyed=_with_tokenizer,

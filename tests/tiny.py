@@ -62,6 +62,64 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [],
     },
 }
+_GPT = {"n_embd": WIDTH, "n_layer": BLOCKS, "n_head": 4, "n_inner": INNER, "n_positions": 512, "vocab_size": VOCABULARY}
+_EXPERTS = {
+    "num_local_experts": EXPERTS,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": INNER,
+}
+_HYBRID = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_PER_LAYER = {
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 2,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "sliding_window": 8,
+}
+OTHERS: dict[str, dict[str, Any]] = {  # each with something that the ones above have not
+    "bloom": {"hidden_size": WIDTH, "n_layer": BLOCKS, "n_head": 4, "vocab_size": VOCABULARY},
+    "mpt": {"d_model": WIDTH, "n_layers": BLOCKS, "n_heads": 4, "max_seq_len": 512, "vocab_size": VOCABULARY},
+    "gptj": _GPT | {"rotary_dim": 4},
+    "gpt_bigcode": _GPT,
+    "gpt_neox": _SHAPE,
+    "biogpt": _SHAPE,
+    "phi3": _SHAPE,
+    "cohere2": _SHAPE | {"sliding_window": 8},
+    "granite": _SHAPE,
+    "olmo2": _SHAPE,
+    "glm4": _SHAPE,
+    "rwkv": _SHAPE | {"attention_hidden_size": WIDTH},
+    "gemma4_text": _SHAPE | _PER_LAYER | {"num_kv_shared_layers": 0},
+    "qwen3_next": _SHAPE | _EXPERTS | _HYBRID | {"shared_expert_intermediate_size": INNER},
+    "qwen2_moe": _SHAPE | _EXPERTS | {"shared_expert_intermediate_size": INNER},
+    "deepseek_v3": _SHAPE
+    | _EXPERTS
+    | _LATENT
+    | {"n_routed_experts": EXPERTS, "n_group": 1, "topk_group": 1}
+    | {"first_k_dense_replace": 1},
+    "ernie4_5_moe": _SHAPE | _EXPERTS | {"moe_num_experts": EXPERTS, "moe_k": 2},
+    "granitemoe": _SHAPE | _EXPERTS,
+    "lfm2_moe": _SHAPE
+    | _EXPERTS
+    | {"layer_types": ["conv", "full_attention", "full_attention"], "num_dense_layers": 1},
+    "phimoe": _SHAPE | _EXPERTS,
+}
 DOMAINS = {
     "animals": "cat dog horse sheep mouse bird fish runs sleeps eats sees chases the a quick lazy small",
     "numbers": "one two three four five six seven plus minus times equals sum is not more than less",
@@ -72,7 +130,7 @@ DOMAINS = {
 def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
     """Return a random model; weights are large enough that the blocks matter, and a few input channels stand out."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, **(ARCHITECTURES | MIXTURES)[architecture])
+    config = AutoConfig.for_model(architecture, **(ARCHITECTURES | MIXTURES | OTHERS)[architecture])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -62,6 +62,9 @@ def one_by_one(decoder: Decoder, pairs: list[Pair]) -> list[Answer]:
     return answers
 
 
+RECURRENT = ("rwkv", "qwen3_next", "lfm2_moe")
+
+
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The number of tokens of every pass, filled-up ones among them."""
@@ -76,7 +79,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     return counted
 
 
-@pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, *tiny.MIXTURES])
+@pytest.mark.parametrize(
+    "architecture", [*tiny.ARCHITECTURES, *tiny.MIXTURES, *(name for name in tiny.OTHERS if name not in RECURRENT)]
+)
 def test_every_pair_has_the_likelihood_that_a_pass_of_its_own_gives(architecture: str) -> None:
     decoder = make_decoder(tiny.tiny_model(architecture))
     pairs = some_pairs()
@@ -86,6 +91,11 @@ def test_every_pair_has_the_likelihood_that_a_pass_of_its_own_gives(architecture
     assert [answer[0] for answer in found] == pytest.approx([answer[0] for answer in expected], abs=1e-4, rel=1e-6)
     assert [answer[1] for answer in found] == [answer[1] for answer in expected]
     assert sum(answer[1] for answer in found) >= len(greedy)
+
+
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_a_state_that_is_no_cache_of_keys_and_values_is_not_shared(architecture: str) -> None:
+    assert "cache" in unshareable(make_decoder(tiny.tiny_model(architecture)))
 
 
 @pytest.mark.parametrize(("name", "value"), [("PASS_TOKENS", 1), ("CACHED_TOKENS", 1), ("LOGIT_TOKENS", 1)])

@@ -200,7 +200,7 @@ def test_a_linear_that_no_input_reaches_is_refused() -> None:
 
 def test_a_block_with_weights_outside_linears_is_refused_by_name_and_class() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50, n_positions=32))
-    with pytest.raises(InputError, match=r"Block 0 of GPT2LMHeadModel .*attn\.c_attn\.weight` \(Conv1D, .*nn\.Linear"):
+    with pytest.raises(InputError, match=r"Block 0 of GPT2LMHeadModel .*mlp\.c_proj\.weight` \(Conv1D, .*nn\.Linear"):
         make_decoder(model)
 
 

@@ -148,7 +148,7 @@ def folds_of(decoder: Decoder, block: nn.Module) -> dict[int, Fold]:
     def run(module: nn.Module) -> Tensor:
         return block_output(decoder, module)
 
-    return find_folds(block, decoder.block_sites(0), run, head_size(decoder))
+    return find_folds(block, decoder.block_sites(0), run, head_size(decoder, 0))
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

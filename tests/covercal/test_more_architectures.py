@@ -1,0 +1,127 @@
+"""Decoders of other makes: blocks that return tuples, heads that ask for more, hybrids, latent attention, experts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from covercal.checkpoint import RECORD, CheckpointWriter
+from covercal.decoder import Decoder, block_inputs, final_hidden, head_logits, load_decoder, make_decoder, run_block
+from covercal.errors import InputError
+from covercal.experts import has_experts
+from covercal.quantization import quantize_blocks
+from covercal.quantization_settings import Quantization
+from tests.covercal.walks import linears_of, logits, quantized_model
+from tests.tiny import OTHERS, random_tokens, tiny_model
+
+CPU = torch.device("cpu")
+SAMPLES = random_tokens(4, 18, 1)
+TOKENS = torch.from_numpy(random_tokens(1, 20, 0)[0])[None].long()
+every_other = pytest.mark.parametrize("architecture", OTHERS)
+
+
+def walked(decoder: Decoder) -> torch.Tensor:
+    hidden, arguments = block_inputs(decoder, TOKENS)
+    for block, each in zip(decoder.blocks, arguments, strict=True):
+        hidden = run_block(block, hidden, each)
+    return hidden
+
+
+def left_the_last_block(decoder: Decoder) -> torch.Tensor:
+    left: list[Any] = []
+    handle = decoder.blocks[-1].register_forward_hook(lambda _, __, output: left.append(output))
+    final_hidden(decoder, TOKENS)
+    handle.remove()
+    return left[0][0] if isinstance(left[0], tuple) else left[0]
+
+
+@every_other
+def test_blocks_one_by_one_and_the_head_are_the_model(architecture: str) -> None:
+    decoder = make_decoder(tiny_model(architecture))
+    assert torch.equal(walked(decoder), left_the_last_block(decoder))
+    with torch.inference_mode():
+        expected = decoder.model(input_ids=TOKENS, use_cache=False).logits
+    assert torch.equal(head_logits(decoder, final_hidden(decoder, TOKENS)), expected)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@every_other
+def test_a_streamed_model_is_quantised_to_a_checkpoint_of_the_same_logits(
+    architecture: str, symmetric: bool, tmp_path: Path
+) -> None:
+    model = tiny_model(architecture)
+    model.save_pretrained(tmp_path / "model")
+    whole = make_decoder(model)
+    streamed = load_decoder(tmp_path / "model", "float32", CPU, streamed=True)
+    assert streamed.sites == whole.sites
+    settings = Quantization(method="coreq", bits=4, group_size=16, symmetric=symmetric)
+    blocks = list(quantize_blocks(streamed, SAMPLES, settings, "bfloat16"))
+    writer = CheckpointWriter(streamed, settings, "bfloat16")
+    written = tmp_path / "checkpoint"
+    written.mkdir()
+    for block in blocks:
+        writer.write_block(block, written)
+    writer.finish(written, list(linears_of(blocks)), {})
+    expected = logits(quantized_model(whole.model, blocks, settings, "bfloat16"))
+    assert not torch.allclose(expected, logits(whole.model), atol=1e-3)
+    assert torch.equal(logits(load_decoder(written, "float32", CPU).model), expected)
+    own = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32)  # its experts are fused
+    torch.testing.assert_close(logits(own.float()), expected, rtol=1e-4, atol=1e-4)  # those unpacked are bfloat16
+
+
+def test_experts_that_checkpoints_keep_in_one_tensor_are_written_so_and_it_is_told(tmp_path: Path) -> None:
+    decoder = make_decoder(tiny_model("granitemoe"))
+    writer = CheckpointWriter(decoder, Quantization(method="rtn", symmetric=True, bits=4, group_size=16), "bfloat16")
+    assert writer.format == "dense"
+    assert "all experts of a layer in one tensor" in writer.why_dense
+
+
+def test_gates_and_routers_stay_as_they_are() -> None:
+    gated, routed = make_decoder(tiny_model("qwen2_moe")), make_decoder(tiny_model("phimoe"))
+    assert not [name for name in gated.linear_shapes if name.endswith(("shared_expert_gate", ".gate"))]
+    assert not [name for name in routed.linear_shapes if name.endswith("router")]
+    assert has_experts(gated.model)
+    assert has_experts(routed.model)
+
+
+@pytest.mark.parametrize(("bits", "form"), [(4, "pack-quantized"), (2, "dense")])
+def test_zero_points_that_compressed_tensors_cannot_unpack_are_kept_dense(bits: int, form: str, tmp_path: Path) -> None:
+    decoder = make_decoder(tiny_model("llama"))  # keys and values have 16 outputs: one word of 2 bits
+    settings = Quantization(method="rtn", bits=bits, group_size=16)
+    blocks = list(quantize_blocks(decoder, SAMPLES, settings, "bfloat16"))
+    writer = CheckpointWriter(decoder, settings, "bfloat16")
+    for block in blocks:
+        writer.write_block(block, tmp_path)
+    writer.finish(tmp_path, list(linears_of(blocks)), {})
+    assert json.loads((tmp_path / RECORD).read_text(encoding="utf-8"))["format"] == form
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
+    assert torch.equal(found, logits(quantized_model(decoder.model, blocks, settings, "bfloat16")))
+
+
+def with_shared_keys() -> PreTrainedModel:
+    """Return a model whose last block reads the keys and values that another one left."""
+    config = AutoConfig.for_model("gemma4_text", **OTHERS["gemma4_text"] | {"num_kv_shared_layers": 1})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def test_a_model_whose_blocks_hand_on_more_than_hidden_states_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^The blocks of Gemma4ForCausalLM do not compute by themselves"):
+        make_decoder(with_shared_keys())
+
+
+def test_a_model_whose_own_pass_differs_from_its_blocks_is_refused() -> None:
+    model = tiny_model("llama")
+    norm = model.model.layers[1].input_layernorm
+    calls: list[int] = []
+    own = norm.forward
+
+    def second_time_twice(hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return own(hidden) * len(calls)
+
+    norm.forward = second_time_twice
+    with pytest.raises(InputError, match="do not compute by themselves what the model does"):
+        make_decoder(model)
