@@ -13,7 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from covercal.errors import InputError
 
 FUSED = {"gate_up_proj", "down_proj"}  # (experts, 2 * inner, width) and (experts, width, inner)
-FEWEST_OUTPUTS = 9
+FEWEST_CHANNELS = 9
 PROBED_TOKENS = 3
 TOLERANCE = 1e-3
 
@@ -117,11 +117,11 @@ def is_router(module: nn.Module, weight: Tensor) -> bool:
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Return whether a module is a linear that is quantised: not a gate of few outputs, and none that scores experts.
+    """Return whether a module is a linear that is quantised: not a gate of a few channels, and none that scores experts.
 
     Their weights are few, and what they decide is much.
     """
-    if not isinstance(module, nn.Linear) or module.out_features < FEWEST_OUTPUTS:
+    if not isinstance(module, nn.Linear) or min(module.out_features, module.in_features) < FEWEST_CHANNELS:
         return False
     return not is_router(module, module.weight)
 
@@ -253,12 +253,16 @@ def _check_same(fused: nn.Module, experts: Experts, down: Tensor) -> None:
     hidden = torch.randn((PROBED_TOKENS, width), generator=generator).to(down.device, down.dtype)
     index = torch.stack([torch.randperm(count, generator=generator)[:chosen] for _ in range(PROBED_TOKENS)])
     weights = torch.rand((PROBED_TOKENS, chosen), generator=generator).to(down.device, down.dtype)
+    refused = InputError(
+        f"The experts of {type(fused).__name__} are not gated in the usual way (activation(gate) * up); "
+        "covercal cannot take them apart into linears."
+    )
     expected = fused(hidden, index.to(down.device), weights).float()
-    found = experts(hidden, index.to(down.device), weights).float()
+    try:
+        found = experts(hidden, index.to(down.device), weights).float()
+    except TypeError as cause:  # an activation of gate and up together
+        raise refused from cause
     scale = float(expected.abs().max())
     precision = TOLERANCE if down.dtype == torch.float32 else 30 * TOLERANCE
     if float((found - expected).abs().max()) > precision * max(scale, torch.finfo(torch.float32).tiny):
-        raise InputError(
-            f"The experts of {type(fused).__name__} are not gated in the usual way (activation(gate) * up); "
-            "covercal cannot take them apart into linears."
-        )
+        raise refused

@@ -1,6 +1,7 @@
 """Where a model's files are, without loading it: hub id, folder or GGUF file -> paths. Imports no torch."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ WEIGHTS = "*.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CONFIGS = ("config.json", "generation_config.json")
+PROCESSOR = ("preprocessor_config.json", "processor_config.json", "chat_template.json")  # of what is no text
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -23,7 +25,9 @@ TOKENIZER = (
     "merges.txt",
     "spiece.model",
     "chat_template.jinja",
+    *PROCESSOR,
 )
+READS_MORE = "ForConditionalGeneration"  # end of an architecture that reads images or sound beside text
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +130,7 @@ def _folder(folder: Path, name: str, own_code: bool) -> ModelFiles:
             )
         raise InputError(f"model.source {folder} has no *.safetensors file.")
     tokenizer = tuple(p for name_ in TOKENIZER if (p := folder / name_).is_file())
-    if not tokenizer:
+    if all(p.name in PROCESSOR for p in tokenizer):
         raise InputError(f"model.source {folder} has no tokenizer files (tokenizer.json or tokenizer.model).")
     configs = (p for c in CONFIGS if (p := folder / c).is_file())
     code = sorted(folder.glob("*.py")) if own_code else []
@@ -138,14 +142,40 @@ def _folder(folder: Path, name: str, own_code: bool) -> ModelFiles:
     return files
 
 
+def _holds_language_model(config: Mapping[str, Any]) -> bool:
+    """Return whether a model that reads more than text is one of which transformers makes a causal language model."""
+    if "text_config" not in config or not str((config.get("architectures") or [""])[0]).endswith(READS_MORE):
+        return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def left_out(config: Mapping[str, Any], loaded: str) -> str:
+    """Return what of a model is not in a checkpoint of it, in a sentence; empty when nothing.
+
+    Parameters
+    ----------
+    config
+        Its `config.json`.
+    loaded
+        The class that transformers made of it.
+    """
+    named = str((config.get("architectures") or [loaded])[0])
+    if named == loaded or not named.endswith(READS_MORE):
+        return ""
+    return f"of {named} only the language model is quantised and written, as a {loaded}: it reads no images."
+
+
 def _check_decoder(files: ModelFiles) -> None:
     config = files.config()
     names = config.get("architectures") or []
-    is_decoder = any("CausalLM" in name or "LMHead" in name for name in names)
+    is_decoder = any("CausalLM" in name or "LMHead" in name for name in names) or _holds_language_model(config)
     if config.get("is_encoder_decoder") or not is_decoder:
         raise InputError(
             f"model.source {files.folder} is a {names[0] if names else 'model without an architecture'}, "
-            "not a decoder; covercal quantises causal language models (an architecture that ends in ForCausalLM)."
+            "not a decoder; covercal quantises causal language models (an architecture that ends in ForCausalLM, or "
+            "one that reads images, too, of which transformers makes a causal language model)."
         )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")

@@ -90,7 +90,8 @@ class StreamedWeights:
         body = {id(parameter) for parameter in body_of(self._model, self._path).parameters()}
         apart = set() if head else {name for name, parameter in outside if id(parameter) not in body}
         missing = self._load({key: path for key, path in self._rest.items() if self._targets[key] not in apart})
-        self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        with torch.inference_mode(mode=False):  # a bias of a tied head is padded in place
+            self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
         names = {name for name, _ in outside} - apart
         _check_loaded((n, p) for n, p in self._model.named_parameters() if n in names)
         try:
@@ -98,7 +99,8 @@ class StreamedWeights:
         finally:
             for name, empty in outside:
                 _place(self._model, name, empty)
-            self._model.tie_weights()
+            with torch.inference_mode(mode=False):
+                self._model.tie_weights()
 
     def block(self, index: int) -> nn.Module:
         """Return a block with its weights, which the caller owns; the model's own block stays empty.

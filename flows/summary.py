@@ -79,6 +79,7 @@ def quantization_summary(recipe: Recipe, chain: Chain, store: ArtifactStore) -> 
         "average_bits": manifest.info["average_bits"],
         "format": manifest.info["format"],
         "why_dense": manifest.info["why_dense"],
+        "left_out": manifest.info["left_out"],
         "notes": manifest.info["notes"],
         "grown_damping": manifest.info["grown_damping"],
         "parameters": manifest.info["parameters"],

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 import covercal
+from covercal.model_files import PROCESSOR, left_out
 from covercal.pool import sequences_digest
 from covercal.quantization_settings import Quantization
 from storage.artifacts import CONTINUED, ArtifactStore
@@ -22,7 +23,7 @@ from storage.tables import write_table
 from storage.work import WorkFolder
 from tasks.cached import Build, cached
 from tasks.gram import CachedPool
-from tasks.identities import ModelIdentity, TokenizerIdentity
+from tasks.identities import ModelIdentity, TokenizerIdentity, model_folder
 from tasks.memory import activation_memory
 from tasks.model import load_tokenizer, streamed_decoder
 from tasks.pool import sample_columns, sample_tokens
@@ -124,7 +125,7 @@ def _with_tokenizer(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 @cached(
     "checkpoint",
-    version=10,
+    version=11,
     ignored=("imported", "pool", "device"),
     names={"dtype": "model.dtype"},
     keyed=_with_tokenizer,
@@ -165,15 +166,22 @@ def quantize_model(
     else:
         known = _cached_pool(build.store, cached_pool, quantization, decoder)
         reports, resumed = _quantize_blocks(build, writer, sequences, known)
+    source = model_folder(build.store, model, imported)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    missing = left_out(config, type(decoder.model).__name__)
     record = {
         "covercal": covercal.__version__,
         "model": {"name": model.name, "weights_sha256": model.weights, "dtype": dtype},
         "quantization": quantization.model_dump(mode="json"),
         "calibration": {"pool": pool.key if pool is not None else None, "samples": chosen},
         "libraries": library_versions(),
+        "left_out": missing,
     }
     writer.finish(build.folder, [r.name for r in reports], record)
     load_tokenizer(build.store, model, imported).save_pretrained(build.folder)
+    for name in PROCESSOR:
+        if not missing and (source / name).is_file():
+            shutil.copyfile(source / name, build.folder / name)
     _write_linears(build, reports)
     quantized = sum(r.outputs * r.inputs for r in reports)
     return {
@@ -185,6 +193,7 @@ def quantize_model(
         "average_bits": average_bits(quantization, {r.name: (r.outputs, r.inputs) for r in reports}),
         "format": writer.format,
         "why_dense": writer.why_dense,
+        "left_out": missing,
         **({CONTINUED: _where(resumed, len(decoder.blocks))} if resumed else {}),
     }
 

@@ -30,6 +30,8 @@ def sizes(summary: Summary) -> list[Figure]:
     caption += "."
     if quantization.get("why_dense"):
         caption += f" Saved dense: {one_line(quantization['why_dense'], 200)}"
+    if quantization.get("left_out"):
+        caption += f" Left out: {one_line(quantization['left_out'], 200)}"
     listed = "; ".join(f"{name} {size(value)}" for name, value, _ in bars)
     table = Table(("model", "bytes", "size"), tuple((name, count(value), size(value)) for name, value, _ in bars))
     return [rendered("size", "Size on disk", caption, f"Bar chart: {listed}.", table, _height(len(bars)), draw)]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from covercal.errors import InputError
-from covercal.model_files import ModelFiles, locate_model
+from covercal.model_files import ModelFiles, left_out, locate_model
 from covercal.recipe import Model
 from tests import tiny
 
@@ -121,6 +121,32 @@ def test_a_model_that_is_no_decoder_is_refused_by_its_architecture(folder: Path,
     said = complaint(folder)
     assert f"{folder} is a {fields['architectures'][0]}, not a decoder" in said
     assert "ForCausalLM" in said
+
+
+def test_a_model_that_reads_images_too_is_one_when_transformers_makes_a_language_model_of_it(folder: Path) -> None:
+    for kind, name in (("gemma3", "Gemma3ForConditionalGeneration"), ("qwen3_5", "Qwen3_5ForConditionalGeneration")):
+        change_config(folder, architectures=[name], model_type=kind, text_config={})
+        assert locate_model(Model(source=str(folder))).folder == folder
+    change_config(folder, architectures=["LlavaForConditionalGeneration"], model_type="llava")
+    assert "is a LlavaForConditionalGeneration, not a decoder" in complaint(folder)
+
+
+def test_it_is_told_when_only_the_language_model_is_kept() -> None:
+    qwen = {"architectures": ["Qwen3_5ForConditionalGeneration"]}
+    assert left_out(qwen, "Qwen3_5ForCausalLM").startswith("of Qwen3_5ForConditionalGeneration only the language model")
+    for config, loaded in (
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHead"),
+        ({"architectures": None}, "LlamaForCausalLM"),
+    ):
+        assert left_out(config, loaded) == ""
+
+
+def test_what_prepares_images_is_no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    (folder / "preprocessor_config.json").write_text("{}", encoding="utf-8")
+    assert "has no tokenizer files" in complaint(folder)
 
 
 @pytest.mark.parametrize("architectures", [None, []])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from covercal.checkpoint import RECORD, CheckpointWriter
 from covercal.decoder import Decoder, block_inputs, final_hidden, head_logits, load_decoder, make_decoder, run_block
@@ -15,7 +15,7 @@ from covercal.experts import has_experts
 from covercal.quantization import quantize_blocks
 from covercal.quantization_settings import Quantization
 from tests.covercal.walks import linears_of, logits, quantized_model
-from tests.tiny import OTHERS, random_tokens, tiny_model
+from tests.tiny import ARCHITECTURES, OTHERS, random_tokens, tiny_model
 
 CPU = torch.device("cpu")
 SAMPLES = random_tokens(4, 18, 1)
@@ -99,6 +99,35 @@ def test_zero_points_that_compressed_tensors_cannot_unpack_are_kept_dense(bits: 
     assert json.loads((tmp_path / RECORD).read_text(encoding="utf-8"))["format"] == form
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
     assert torch.equal(found, logits(quantized_model(decoder.model, blocks, settings, "bfloat16")))
+
+
+def test_what_reads_images_stays_in_the_checkpoint_as_it_is(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config=ARCHITECTURES["gemma3_text"],
+        vision_config=sizes | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    decoder = load_decoder(tmp_path / "model", "float32", CPU, streamed=True)
+    settings = Quantization(method="gptq", bits=4, group_size=16)
+    blocks = list(quantize_blocks(decoder, SAMPLES, settings, "bfloat16"))
+    writer = CheckpointWriter(decoder, settings, "bfloat16")
+    written = tmp_path / "checkpoint"
+    written.mkdir()
+    for block in blocks:
+        writer.write_block(block, written)
+    writer.finish(written, list(linears_of(blocks)), {})
+    loaded, found = AutoModelForImageTextToText.from_pretrained(written, output_loading_info=True)
+    assert not (found["missing_keys"] | found["unexpected_keys"])
+    kept, original = dict(loaded.named_parameters()), dict(model.named_parameters())
+    seeing = [name for name in original if "language_model" not in name and "lm_head" not in name]
+    assert len(seeing) > 30
+    assert all(torch.equal(kept[name], original[name]) for name in seeing)
+    language = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(kept[language], original[language])
 
 
 def with_shared_keys() -> PreTrainedModel:
