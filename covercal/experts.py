@@ -117,7 +117,7 @@ def is_router(module: nn.Module, weight: Tensor) -> bool:
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Return whether a module is a linear that is quantised: not a gate of a few channels, and none that scores experts.
+    """Return whether a module is a linear that is quantised: no gate of a few channels, and none that scores experts.
 
     Their weights are few, and what they decide is much.
     """
