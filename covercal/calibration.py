@@ -19,6 +19,7 @@ from covercal.decoder import (
     free_memory,
     linear_of,
     run_block,
+    stays_wide,
     token_tensor,
 )
 from covercal.gram import SiteSums, Wanted
@@ -118,7 +119,12 @@ def start_calibration(
 def rounded_outside_blocks(decoder: Decoder, storage_dtype: Dtype) -> Iterator[None]:
     """Round embeddings and all else before the first block to the checkpoint's dtype for a while."""
     inside = {id(parameter) for block in decoder.blocks for parameter in block.parameters()}
-    outside = [(p, p.data) for p in decoder.model.parameters() if id(p) not in inside and not p.is_meta]
+    stays = stays_wide(decoder.model, storage_dtype)
+    outside = [
+        (parameter, parameter.data)
+        for name, parameter in decoder.model.named_parameters()
+        if id(parameter) not in inside and not parameter.is_meta and not stays(name)
+    ]
     try:
         for parameter, _ in outside:
             parameter.data = parameter.data.to(DTYPES[storage_dtype]).to(parameter.dtype)
@@ -128,10 +134,19 @@ def rounded_outside_blocks(decoder: Decoder, storage_dtype: Dtype) -> Iterator[N
             parameter.data = original
 
 
-def round_parameters(module: nn.Module, storage_dtype: Dtype) -> None:
-    """Round all parameters of a module to the checkpoint's dtype, keeping the dtype they compute in."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(DTYPES[storage_dtype]).to(parameter.dtype)
+def round_parameters(
+    module: nn.Module, storage_dtype: Dtype, stays: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Round all parameters and kept buffers of a module to the checkpoint's dtype, keeping the dtype they compute in.
+
+    Parameters
+    ----------
+    stays
+        Which are kept as they are, by name: see `covercal.decoder.stays_wide`.
+    """
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and not stays(name):
+            tensor.data = tensor.data.to(DTYPES[storage_dtype]).to(tensor.dtype)
 
 
 def site_sums(

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from covercal.decoder import DTYPES, Decoder
+from covercal.decoder import DTYPES, Decoder, stays_wide
 from covercal.errors import QuantizationError
 from covercal.experts import checkpoint_names, has_experts, is_linear, keeps_together, put_together
 from covercal.quantization import QuantizedBlock, QuantizedLinear, dequantized
@@ -91,10 +91,12 @@ class CheckpointWriter:
     why_dense: str = field(init=False)
     _names: dict[str, str] = field(init=False)
     _together: bool = field(init=False)
+    _stays_wide: Callable[[str], bool] = field(init=False)
 
     def __post_init__(self) -> None:
         self.format, self.why_dense = checkpoint_format(self.settings, self.decoder.model)
         self._names = checkpoint_names(self.decoder.model)
+        self._stays_wide = stays_wide(self.decoder.model, self.storage_dtype)
         self._together = keeps_together(self.decoder.model, self._names)
 
     def shard_name(self, index: int) -> str:
@@ -156,9 +158,9 @@ class CheckpointWriter:
 
     def _save(self, tensors: Mapping[str, Tensor], path: Path) -> None:
         if self._together:
-            stored = {n: self._stored(tensor) for n, tensor in put_together(self.decoder.model, tensors).items()}
+            stored = {n: self._stored(n, each) for n, each in put_together(self.decoder.model, tensors).items()}
         else:
-            stored = {self._stored_name(n): self._stored(tensor) for n, tensor in tensors.items()}
+            stored = {self._stored_name(n): self._stored(n, each) for n, each in tensors.items()}
         save_file(dict(sorted(stored.items())), path, {"format": "pt"})
 
     def _stored_name(self, name: str) -> str:
@@ -166,9 +168,9 @@ class CheckpointWriter:
         module, _, last = name.rpartition(".")
         return f"{self._names[module]}.{last}" if module in self._names else name
 
-    def _stored(self, tensor: Tensor) -> Tensor:
+    def _stored(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
-            tensor = tensor.to(DTYPES[self.storage_dtype])
+            tensor = tensor.to(torch.float32 if self._stays_wide(name) else DTYPES[self.storage_dtype])
         return tensor.detach().cpu().contiguous().clone()
 
     def _write_config(self, folder: Path, quantized: set[str]) -> None:

@@ -1,6 +1,7 @@
 """A decoder-only language model as a row of blocks, each with linears grouped by the input they share."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -149,6 +150,16 @@ def _linears(block: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             for inner, linear in unfused(module).named_modules():
                 if is_linear(linear):
                     yield f"{name}.{inner}", linear
+
+
+def stays_wide(model: PreTrainedModel, storage_dtype: Dtype) -> Callable[[str], bool]:
+    """Return what tells which tensors, by name, transformers reads as float32 though the others have 16 bits.
+
+    Biases that choose experts, for one: rounded, they choose others.
+    """
+    names = model._get_dtype_plan(DTYPES[storage_dtype])
+    pattern = re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in names) or r"(?!)")
+    return lambda name: pattern.search(name) is not None
 
 
 def pick_device(device: str) -> torch.device:

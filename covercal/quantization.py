@@ -24,7 +24,7 @@ from covercal.calibration import (
     site_sums,
     start_calibration,
 )
-from covercal.decoder import DTYPES, Decoder, Site, linear_of
+from covercal.decoder import DTYPES, Decoder, Site, linear_of, stays_wide
 from covercal.errors import QuantizationError
 from covercal.gram import SiteStatistics, Wanted
 from covercal.hidden_states import HiddenStates, aligned
@@ -325,13 +325,14 @@ def _quantize_block(job: _Job, index: int, running: Calibration | None) -> Quant
     decoder, settings = job.decoder, job.settings
     block = decoder.own_block(index)
     original = _sharing(block) if job.compares else None
-    round_parameters(block, job.storage_dtype)
+    stays = stays_wide(decoder.model, job.storage_dtype)
+    round_parameters(block, job.storage_dtype, stays)
     sites = decoder.block_sites(index)
     seen = _first_look(job, block, sites, running)
     scaled: dict[int, ScaledSite] = {}
     if settings.scaling.search != "none":
         scaled = scale_block(decoder, block, sites, seen, settings, job.storage_dtype, running)
-        round_parameters(block, job.storage_dtype)
+        round_parameters(block, job.storage_dtype, stays)
     linears: list[QuantizedLinear] = []
     reports: list[LinearReport] = []
     leaving: tuple[HiddenStates, ...] = ()

@@ -119,6 +119,8 @@ class StreamedWeights:
             # a copy: what lies in a mapped file stays in memory as long as any weight of the file does
             _place(loaded, name, nn.Parameter(parameter.data.clone(), requires_grad=False))
             _place(empty, name, kept[name])
+        for name, buffer in empty.named_buffers():  # a kept one was read, too
+            _place(loaded, name, buffer.clone())
         block: nn.Module = loaded.to(self.device).eval().requires_grad_(False)
         return block
 
@@ -133,7 +135,10 @@ class StreamedWeights:
             files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(places.values())}
             slices = {key: files[path].get_slice(key) for key, path in places.items()}
             settings = LoadStateDictConfig(
-                device_map={"": str(self.device)}, dtype=self._model.dtype, weight_mapping=self._mapping
+                device_map={"": str(self.device)},
+                dtype=self._model.dtype,
+                dtype_plan=self._model._get_dtype_plan(self._model.dtype),
+                weight_mapping=self._mapping,
             )
             info, _ = convert_and_load_state_dict_in_model(self._model, slices, settings)
         for name, found, wanted in sorted(info.mismatched_keys):

@@ -136,6 +136,10 @@ def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(0, 0.3)
+        kept = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in kept and buffer.is_floating_point():  # biases of routers, for one
+                buffer.copy_(1 + torch.rand(buffer.shape))
     return model.eval()
 
 

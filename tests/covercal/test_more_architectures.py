@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from covercal.checkpoint import RECORD, CheckpointWriter
@@ -20,6 +21,7 @@ from tests.tiny import ARCHITECTURES, OTHERS, random_tokens, tiny_model
 CPU = torch.device("cpu")
 SAMPLES = random_tokens(4, 18, 1)
 TOKENS = torch.from_numpy(random_tokens(1, 20, 0)[0])[None].long()
+RTN = Quantization(method="rtn", symmetric=True, bits=4, group_size=16)
 every_other = pytest.mark.parametrize("architecture", OTHERS)
 
 
@@ -74,9 +76,27 @@ def test_a_streamed_model_is_quantised_to_a_checkpoint_of_the_same_logits(
 
 def test_experts_that_checkpoints_keep_in_one_tensor_are_written_so_and_it_is_told(tmp_path: Path) -> None:
     decoder = make_decoder(tiny_model("granitemoe"))
-    writer = CheckpointWriter(decoder, Quantization(method="rtn", symmetric=True, bits=4, group_size=16), "bfloat16")
+    writer = CheckpointWriter(decoder, RTN, "bfloat16")
     assert writer.format == "dense"
     assert "all experts of a layer in one tensor" in writer.why_dense
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_biases_that_choose_experts_are_read_and_written_as_they_are(compute: Any, tmp_path: Path) -> None:
+    model = tiny_model("deepseek_v3")
+    model.save_pretrained(tmp_path)
+    name = "mlp.gate.e_score_correction_bias"
+    expected = model.model.layers[1].state_dict()[name]
+    assert not torch.equal(expected, expected.bfloat16().float())
+    streamed = load_decoder(tmp_path, compute, CPU, streamed=True)
+    assert torch.equal(streamed.own_block(1).state_dict()[name], expected)
+    (block,) = (b for b in quantize_blocks(streamed, SAMPLES, RTN, "bfloat16") if b.index == 1)
+    (tmp_path / "written").mkdir()
+    writer = CheckpointWriter(streamed, RTN, "bfloat16")
+    writer.write_block(block, tmp_path / "written")
+    kept = load_file(tmp_path / "written" / writer.shard_name(1))
+    assert torch.equal(kept[f"model.layers.1.{name}"], expected)
+    assert kept["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16
 
 
 def test_gates_and_routers_stay_as_they_are() -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from covercal.activations import quantize_inputs
 from covercal.calibration import IN_MEMORY, round_parameters
-from covercal.decoder import Decoder, Site, token_tensor
+from covercal.decoder import Decoder, Site, stays_wide, token_tensor
 from covercal.gram import SiteStatistics
 from covercal.pool_gram import PoolSite, sum_pool, symmetric
 from covercal.quantization import LinearReport, QuantizedBlock, QuantizedLinear, dequantized
@@ -60,7 +60,7 @@ def quantized_model(
 ) -> PreTrainedModel:
     """Return a copy of a float32 model, experts apart, with the weights, norms and inputs of quantised blocks."""
     changed = copy.deepcopy(model)
-    round_parameters(changed, storage)
+    round_parameters(changed, storage, stays_wide(model, storage))
     parameters = dict(changed.named_parameters())
     for block in blocks:
         for name, value in block.others.items():
