@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from covercal.checkpoint import RECORD, CheckpointWriter, check_format, checkpoint_bytes, checkpoint_format
+from covercal.checkpoint import RECORD, check_format, checkpoint_bytes, checkpoint_format
 from covercal.decoder import Decoder, load_decoder, make_decoder
 from covercal.errors import QuantizationError
-from covercal.quantization import QuantizedBlock, dequantized, quantize_blocks
+from covercal.quantization import dequantized
 from covercal.quantization_settings import PRESETS, Dtype, Quantization
-from tests.covercal.walks import SummedPool, linears_of, logits, quantized_model
+from tests.covercal.walks import linears_of, logits, quantized_model, write_checkpoint
 from tests.tiny import ARCHITECTURES, random_tokens, tiny_model
 
 CPU = torch.device("cpu")
@@ -53,25 +53,13 @@ def decoder_of(architecture: str) -> Decoder:
     return make_decoder(tiny_model(architecture))
 
 
-def write(
-    folder: Path, decoder: Decoder, settings: Quantization, storage: Dtype = "bfloat16"
-) -> tuple[CheckpointWriter, list[QuantizedBlock]]:
-    pool = SummedPool(decoder) if settings.reads_pool_gram else None
-    blocks = list(quantize_blocks(decoder, SAMPLES, settings, storage, pool=pool))
-    writer = CheckpointWriter(decoder, settings, storage)
-    for block in blocks:
-        writer.write_block(block, folder)
-    writer.finish(folder, list(linears_of(blocks)), {})
-    return writer, blocks
-
-
 def load(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def assert_read_back(folder: Path, architecture: str, variant: str, storage: Dtype = "bfloat16") -> None:
     decoder, settings = decoder_of(architecture), Quantization(**VARIANTS[variant])
-    _, blocks = write(folder, decoder, settings, storage)
+    _, blocks = write_checkpoint(folder, decoder, SAMPLES, settings, storage)
     expected = logits(quantized_model(decoder.model, blocks, settings, storage))
     assert not torch.allclose(expected, logits(decoder.model), atol=1e-3)
     assert torch.equal(logits(load(folder)), expected)
@@ -126,13 +114,13 @@ def test_transformers_computes_the_logits_of_the_quantised_model_in_every_storag
 
 @pytest.mark.parametrize("variant", ["gptq", "precal", "w8a8_static", "w8a8 dynamic"])
 def test_covercal_reads_its_own_checkpoint_as_transformers_does(variant: str, tmp_path: Path) -> None:
-    write(tmp_path, decoder_of("llama"), Quantization(**VARIANTS[variant]))
+    write_checkpoint(tmp_path, decoder_of("llama"), SAMPLES, Quantization(**VARIANTS[variant]))
     assert torch.equal(logits(load_decoder(tmp_path, "float32", CPU).model), logits(load(tmp_path)))
 
 
 @pytest.mark.parametrize("variant", ["awq", "precal", "w8a8_static", "w8a8 static, asymmetric groups"])
 def test_transformers_misses_no_weight_and_finds_none_too_many(variant: str, tmp_path: Path) -> None:
-    write(tmp_path, decoder_of("qwen2"), Quantization(**VARIANTS[variant]))
+    write_checkpoint(tmp_path, decoder_of("qwen2"), SAMPLES, Quantization(**VARIANTS[variant]))
     _, found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
@@ -143,7 +131,7 @@ def test_transformers_misses_no_weight_and_finds_none_too_many(variant: str, tmp
 @every_variant
 def test_the_record_says_the_format_and_why_it_is_dense(variant: str, tmp_path: Path) -> None:
     settings = Quantization(**VARIANTS[variant])
-    write(tmp_path, decoder_of("llama"), settings)
+    write_checkpoint(tmp_path, decoder_of("llama"), SAMPLES, settings)
     expected = ("pack-quantized", "")
     if settings.salient.share:
         expected = ("dense", "salient weights have a grid of their own, which no packed format has")
@@ -155,7 +143,7 @@ def test_the_record_says_the_format_and_why_it_is_dense(variant: str, tmp_path: 
 
 @pytest.mark.parametrize("variant", ["precal", "gptq with salient weights"])
 def test_a_dense_checkpoint_is_a_plain_one_that_holds_the_dequantised_weights(variant: str, tmp_path: Path) -> None:
-    _, blocks = write(tmp_path, decoder_of("llama"), Quantization(**VARIANTS[variant]))
+    _, blocks = write_checkpoint(tmp_path, decoder_of("llama"), SAMPLES, Quantization(**VARIANTS[variant]))
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in config
     saved = tensors_of(tmp_path)
@@ -167,7 +155,7 @@ def test_a_dense_checkpoint_is_a_plain_one_that_holds_the_dequantised_weights(va
 def test_salient_weights_kept_in_16_bits_are_the_original_ones(tmp_path: Path) -> None:
     decoder = decoder_of("llama")
     settings = Quantization(**VARIANTS["precal, kept in 16 bits"])
-    _, blocks = write(tmp_path, decoder, settings)
+    _, blocks = write_checkpoint(tmp_path, decoder, SAMPLES, settings)
     for name, linear in linears_of(blocks).items():
         weight = decoder.model.get_submodule(name).weight.to(torch.bfloat16)
         assert linear.salient is not None
@@ -183,7 +171,7 @@ def test_salient_weights_kept_in_16_bits_are_the_original_ones(tmp_path: Path) -
 def test_a_static_step_is_kept_for_every_linear_and_a_dynamic_one_for_none(
     variant: str, has_step: bool, tmp_path: Path
 ) -> None:
-    _, blocks = write(tmp_path, decoder_of("llama"), Quantization(**VARIANTS[variant]))
+    _, blocks = write_checkpoint(tmp_path, decoder_of("llama"), SAMPLES, Quantization(**VARIANTS[variant]))
     saved = tensors_of(tmp_path)
     steps = {name.removesuffix(".input_scale") for name in saved if name.endswith(".input_scale")}
     assert steps == (set(linears_of(blocks)) if has_step else set())
@@ -191,7 +179,7 @@ def test_a_static_step_is_kept_for_every_linear_and_a_dynamic_one_for_none(
 
 
 def test_linears_that_share_an_input_share_its_step(tmp_path: Path) -> None:
-    write(tmp_path, decoder_of("llama"), Quantization(**EIGHT))
+    write_checkpoint(tmp_path, decoder_of("llama"), SAMPLES, Quantization(**EIGHT))
     saved = tensors_of(tmp_path)
     for block in range(3):
         steps = {float(saved[f"model.layers.{block}.self_attn.{part}_proj.input_scale"]) for part in "qkv"}
@@ -200,7 +188,7 @@ def test_linears_that_share_an_input_share_its_step(tmp_path: Path) -> None:
 
 def test_a_min_max_step_is_that_of_the_largest_input_behind_the_quantised_sites(tmp_path: Path) -> None:
     decoder, settings = decoder_of("llama"), Quantization(**EIGHT)
-    _, blocks = write(tmp_path, decoder, settings, "float32")
+    _, blocks = write_checkpoint(tmp_path, decoder, SAMPLES, settings, "float32")
     model = quantized_model(decoder.model, blocks, settings, "float32")
     largest: dict[str, float] = dict.fromkeys(linears_of(blocks), 0.0)
 
@@ -229,7 +217,9 @@ def test_smoothing_lowers_the_steps_of_inputs_with_outlying_channels(tmp_path: P
     steps = [
         {
             name: float(linear.input_scale if linear.input_scale is not None else math.nan)
-            for name, linear in linears_of(write(tmp_path, decoder, Quantization(**VARIANTS[variant]))[1]).items()
+            for name, linear in linears_of(
+                write_checkpoint(tmp_path, decoder, SAMPLES, Quantization(**VARIANTS[variant]))[1]
+            ).items()
         }
         for variant in ("w8a8_static", "w8a8 static after smoothing")
     ]
@@ -241,7 +231,7 @@ def test_smoothing_lowers_the_steps_of_inputs_with_outlying_channels(tmp_path: P
 @every_variant
 def test_the_size_of_a_checkpoint_is_about_known_beforehand(variant: str, tmp_path: Path) -> None:
     decoder, settings = decoder_of("llama"), Quantization(**VARIANTS[variant])
-    write(tmp_path, decoder, settings)
+    write_checkpoint(tmp_path, decoder, SAMPLES, settings)
     total = sum(tensor.nbytes for tensor in tensors_of(tmp_path).values())
     assert total * 0.97 < checkpoint_bytes(decoder, settings, "bfloat16") < total * 1.1
 
@@ -250,6 +240,6 @@ def test_the_size_of_a_checkpoint_is_about_known_beforehand(variant: str, tmp_pa
 def test_a_checkpoint_written_twice_has_the_same_bytes(variant: str, tmp_path: Path) -> None:
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        write(tmp_path / name, decoder_of("gemma"), Quantization(**VARIANTS[variant]))
+        write_checkpoint(tmp_path / name, decoder_of("gemma"), SAMPLES, Quantization(**VARIANTS[variant]))
     first, second = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("first", "second"))
     assert first == second

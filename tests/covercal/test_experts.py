@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from covercal.block_pass import expert_of
 from covercal.calibration import IN_MEMORY, block_sums, start_calibration
-from covercal.checkpoint import RECORD, CheckpointWriter, check_format
+from covercal.checkpoint import RECORD, check_format
 from covercal.decoder import Decoder, Site, load_decoder, make_decoder, token_tensor
 from covercal.errors import InputError, QuantizationError
 from covercal.experts import (
@@ -37,7 +37,7 @@ from covercal.quantization_settings import Quantization
 from covercal.quantizers.grid import GridSettings, min_max_grid
 from covercal.statistics import ActivationStatistics, capture
 from tests.covercal.rounding import RoundingSettings, gptq, round_to_nearest
-from tests.covercal.walks import linears_of, logits, quantized_model, reports_of
+from tests.covercal.walks import linears_of, logits, quantized_model, reports_of, write_checkpoint
 from tests.tiny import BLOCKS, EXPERTS, INNER, MIXTURES, WIDTH, random_tokens, tiny_model
 
 CPU = torch.device("cpu")
@@ -507,15 +507,6 @@ def grids() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "awq", {"bits": 3, "group_size": None}
 
 
-def write(folder: Path, decoder: Decoder, settings: Quantization) -> list[QuantizedBlock]:
-    blocks = list(quantize_blocks(decoder, SAMPLES, settings, "bfloat16"))
-    writer = CheckpointWriter(decoder, settings, "bfloat16")
-    for block in blocks:
-        writer.write_block(block, folder)
-    writer.finish(folder, list(linears_of(blocks)), {})
-    return blocks
-
-
 def record_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / RECORD).read_text(encoding="utf-8"))
 
@@ -527,7 +518,7 @@ def test_an_asymmetric_checkpoint_is_dense_says_why_and_is_read_by_transformers(
 ) -> None:
     decoder = decoder_of(architecture)
     settings = Quantization(method=method, **grid)
-    blocks = write(tmp_path, decoder, settings)
+    _, blocks = write_checkpoint(tmp_path, decoder, SAMPLES, settings)
     record = record_of(tmp_path)
     assert (record["format"], record["why_dense"]) == (
         "dense",
@@ -547,7 +538,7 @@ def test_a_symmetric_checkpoint_is_packed_and_read_by_the_decoder(
 ) -> None:
     decoder = decoder_of(architecture)
     settings = Quantization(method=method, symmetric=True, **grid)
-    blocks = write(tmp_path, decoder, settings)
+    _, blocks = write_checkpoint(tmp_path, decoder, SAMPLES, settings)
     assert (record_of(tmp_path)["format"], record_of(tmp_path)["why_dense"]) == ("pack-quantized", "")
     found = logits(load_decoder(tmp_path, "float32", CPU).model)
     assert torch.equal(found, logits(quantized_model(decoder.model, blocks, settings, "bfloat16")))
@@ -555,7 +546,7 @@ def test_a_symmetric_checkpoint_is_packed_and_read_by_the_decoder(
 
 @every_mixture
 def test_a_checkpoint_of_experts_has_no_name_that_transformers_does_not_know(architecture: str, tmp_path: Path) -> None:
-    write(tmp_path, decoder_of(architecture), Quantization(method="rtn", bits=4, group_size=16))
+    write_checkpoint(tmp_path, decoder_of(architecture), SAMPLES, Quantization(method="rtn", bits=4, group_size=16))
     fused_model(architecture).save_pretrained(tmp_path / "original")
     assert set(tensors_of(tmp_path)) == set(tensors_of(tmp_path / "original"))
 

@@ -13,9 +13,8 @@ from covercal.checkpoint import RECORD, CheckpointWriter
 from covercal.decoder import Decoder, block_inputs, final_hidden, head_logits, load_decoder, make_decoder, run_block
 from covercal.errors import InputError
 from covercal.experts import has_experts
-from covercal.quantization import quantize_blocks
 from covercal.quantization_settings import Quantization
-from tests.covercal.walks import linears_of, logits, quantized_model
+from tests.covercal.walks import logits, quantized_model, write_checkpoint
 from tests.tiny import ARCHITECTURES, OTHERS, random_tokens, tiny_model
 
 CPU = torch.device("cpu")
@@ -60,13 +59,8 @@ def test_a_streamed_model_is_quantised_to_a_checkpoint_of_the_same_logits(
     streamed = load_decoder(tmp_path / "model", "float32", CPU, streamed=True)
     assert streamed.sites == whole.sites
     settings = Quantization(method="coreq", bits=4, group_size=16, symmetric=symmetric)
-    blocks = list(quantize_blocks(streamed, SAMPLES, settings, "bfloat16"))
-    writer = CheckpointWriter(streamed, settings, "bfloat16")
     written = tmp_path / "checkpoint"
-    written.mkdir()
-    for block in blocks:
-        writer.write_block(block, written)
-    writer.finish(written, list(linears_of(blocks)), {})
+    _, blocks = write_checkpoint(written, streamed, SAMPLES, settings)
     expected = logits(quantized_model(whole.model, blocks, settings, "bfloat16"))
     assert not torch.allclose(expected, logits(whole.model), atol=1e-3)
     assert torch.equal(logits(load_decoder(written, "float32", CPU).model), expected)
@@ -90,10 +84,7 @@ def test_biases_that_choose_experts_are_read_and_written_as_they_are(compute: An
     assert not torch.equal(expected, expected.bfloat16().float())
     streamed = load_decoder(tmp_path, compute, CPU, streamed=True)
     assert torch.equal(streamed.own_block(1).state_dict()[name], expected)
-    (block,) = (b for b in quantize_blocks(streamed, SAMPLES, RTN, "bfloat16") if b.index == 1)
-    (tmp_path / "written").mkdir()
-    writer = CheckpointWriter(streamed, RTN, "bfloat16")
-    writer.write_block(block, tmp_path / "written")
+    writer, _ = write_checkpoint(tmp_path / "written", streamed, SAMPLES, RTN)
     kept = load_file(tmp_path / "written" / writer.shard_name(1))
     assert torch.equal(kept[f"model.layers.1.{name}"], expected)
     assert kept["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16
@@ -111,11 +102,7 @@ def test_gates_and_routers_stay_as_they_are() -> None:
 def test_zero_points_that_compressed_tensors_cannot_unpack_are_kept_dense(bits: int, form: str, tmp_path: Path) -> None:
     decoder = make_decoder(tiny_model("llama"))  # keys and values have 16 outputs: one word of 2 bits
     settings = Quantization(method="rtn", bits=bits, group_size=16)
-    blocks = list(quantize_blocks(decoder, SAMPLES, settings, "bfloat16"))
-    writer = CheckpointWriter(decoder, settings, "bfloat16")
-    for block in blocks:
-        writer.write_block(block, tmp_path)
-    writer.finish(tmp_path, list(linears_of(blocks)), {})
+    _, blocks = write_checkpoint(tmp_path, decoder, SAMPLES, settings)
     assert json.loads((tmp_path / RECORD).read_text(encoding="utf-8"))["format"] == form
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
     assert torch.equal(found, logits(quantized_model(decoder.model, blocks, settings, "bfloat16")))
@@ -133,13 +120,8 @@ def test_what_reads_images_stays_in_the_checkpoint_as_it_is(tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "model")
     decoder = load_decoder(tmp_path / "model", "float32", CPU, streamed=True)
     settings = Quantization(method="gptq", bits=4, group_size=16)
-    blocks = list(quantize_blocks(decoder, SAMPLES, settings, "bfloat16"))
-    writer = CheckpointWriter(decoder, settings, "bfloat16")
     written = tmp_path / "checkpoint"
-    written.mkdir()
-    for block in blocks:
-        writer.write_block(block, written)
-    writer.finish(written, list(linears_of(blocks)), {})
+    write_checkpoint(written, decoder, SAMPLES, settings)
     loaded, found = AutoModelForImageTextToText.from_pretrained(written, output_loading_info=True)
     assert not (found["missing_keys"] | found["unexpected_keys"])
     kept, original = dict(loaded.named_parameters()), dict(model.named_parameters())

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from transformers import PreTrainedModel
 
 from covercal.activations import quantize_inputs
 from covercal.calibration import IN_MEMORY, round_parameters
+from covercal.checkpoint import CheckpointWriter
 from covercal.decoder import Decoder, Site, stays_wide, token_tensor
+from covercal.evaluation import Tokens
 from covercal.gram import SiteStatistics
 from covercal.pool_gram import PoolSite, sum_pool, symmetric
-from covercal.quantization import LinearReport, QuantizedBlock, QuantizedLinear, dequantized
+from covercal.quantization import LinearReport, QuantizedBlock, QuantizedLinear, dequantized, quantize_blocks
 from covercal.quantization_settings import Dtype, Quantization
 from tests.tiny import random_tokens
 
@@ -72,6 +75,20 @@ def quantized_model(
                 step = None if linear.input_scale is None else linear.input_scale.float()
                 quantize_inputs(changed.get_submodule(linear.name), step, settings.activations.bits)
     return changed
+
+
+def write_checkpoint(
+    folder: Path, decoder: Decoder, samples: Sequence[Tokens], settings: Quantization, storage: Dtype = "bfloat16"
+) -> tuple[CheckpointWriter, list[QuantizedBlock]]:
+    """Quantise a model on some samples, or from `POOL`'s Gram matrices, and write all but its tokenizer."""
+    pool = SummedPool(decoder) if settings.reads_pool_gram else None
+    blocks = list(quantize_blocks(decoder, samples, settings, storage, pool=pool))
+    writer = CheckpointWriter(decoder, settings, storage)
+    folder.mkdir(exist_ok=True)
+    for block in blocks:
+        writer.write_block(block, folder)
+    writer.finish(folder, list(linears_of(blocks)), {})
+    return writer, blocks
 
 
 def logits(model: nn.Module) -> Tensor:
