@@ -376,7 +376,7 @@ def _export(checkpoint: Path, output: Path) -> None:
 
 
 def _show_result(summary: dict[str, Any], console: Console) -> None:
-    from flows.summary import result_table, selection_lines
+    from flows.summary import checkpoint_lines, result_table, selection_lines
 
     console.print()
     for line in selection_lines(summary):
@@ -386,9 +386,8 @@ def _show_result(summary: dict[str, Any], console: Console) -> None:
         console.print(result_table(summary))
     console.print()
     console.print(f"[bold]Verdict[/bold]      {escape(summary['verdict'])}", soft_wrap=True, highlight=False)
-    path = summary["checkpoint"]
-    console.print(f"[bold]Checkpoint[/bold]   {path}", soft_wrap=True, highlight=False)
-    console.print("             loads with AutoModelForCausalLM.from_pretrained(that folder)", highlight=False)
+    for line in checkpoint_lines(summary):
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _write_calibration(store: ArtifactStore, pool: Ref, selection: Ref, budget: int, output: Path) -> None:

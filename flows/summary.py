@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from covercal.recipe import Recipe, short_names
@@ -289,6 +290,18 @@ def _with_interval(value: float, error: float | None) -> str:
     from tasks.report.numerals import half_width
 
     return f"{value:.4f}" + (f" ± {half_width(error):.4f}" if error else "")
+
+
+def checkpoint_lines(summary: dict[str, Any]) -> list[str]:
+    """Return where the checkpoint is, how it is loaded, and what of it is not as one would think."""
+    quantization = summary["quantization"]
+    said = ["loads with AutoModelForCausalLM.from_pretrained(that folder)"]
+    if quantization["why_dense"]:
+        said.append(f"dense, of the original's size: {quantization['why_dense']}")
+    if quantization["left_out"]:
+        said.append(quantization["left_out"])
+    place = f"[bold]Checkpoint[/bold]   {escape(summary['checkpoint'])}"
+    return [place, *(f"{'':13}{escape(each)}" for each in said)]
 
 
 def selection_lines(summary: dict[str, Any]) -> list[str]:

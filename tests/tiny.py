@@ -99,6 +99,7 @@ OTHERS: dict[str, dict[str, Any]] = {  # each with something that the ones above
     "gpt_bigcode": _GPT,
     "gpt_neox": _SHAPE,
     "biogpt": _SHAPE,
+    "modernbert-decoder": _SHAPE | {"local_attention": 16},
     "phi3": _SHAPE,
     "cohere2": _SHAPE | {"sliding_window": 8},
     "granite": _SHAPE,

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from rich.text import Text
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -32,7 +33,7 @@ from flows.plan import plan
 from flows.record import Finished
 from flows.report import build_times, conclude
 from flows.run import execute
-from flows.summary import stage_rows
+from flows.summary import checkpoint_lines, stage_rows
 from storage.artifacts import ArtifactStore
 from storage.runs import read_runs
 from tests import tiny
@@ -108,6 +109,18 @@ def test_a_first_run_builds_every_stage_and_its_checkpoint_loads(
     ]
     model = AutoModelForCausalLM.from_pretrained(store.path(chain.checkpoint))
     assert torch.isfinite(model(torch.arange(3, 20)[None]).logits).all()
+
+
+def test_what_a_checkpoint_is_not_is_told_below_its_place() -> None:
+    told = {"why_dense": "salient weights have a grid of their own", "left_out": "of a model that sees [..] only words"}
+    lines = checkpoint_lines({"checkpoint": "/cache/[a]", "quantization": told})
+    assert [Text.from_markup(line).plain.strip() for line in lines] == [
+        "Checkpoint   /cache/[a]",
+        "loads with AutoModelForCausalLM.from_pretrained(that folder)",
+        "dense, of the original's size: salient weights have a grid of their own",
+        "of a model that sees [..] only words",
+    ]
+    assert len(checkpoint_lines({"checkpoint": "x", "quantization": {"why_dense": "", "left_out": ""}})) == 2
 
 
 def test_an_unchanged_recipe_hits_everywhere(write_recipe: WriteRecipe, store: ArtifactStore) -> None:
