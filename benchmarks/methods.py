@@ -1,14 +1,16 @@
 """Every method beside its control on the real model: KL, perplexity, seconds, bits.
 
 `python -m benchmarks.methods POOL.jsonl.gz [--bits 4 3 2 8] [--seeds 5] [--only NAME ...]
-[--cached-only] [--given FILE] [--output FOLDER]`
+[--cached-only] [--given FILE] [--claims FOLDER] [--output FOLDER]`
 
 Calibration data: 64 random samples of 256 tokens from one pool of 512, a new draw for each seed; for MaCa and its
 control samples of 64, 128, 256 and 512 tokens with as many tokens in all. Methods that read no samples run once. The
 main number is the KL divergence of the original to the quantised model on held-out text, in nats per token, over 18
 sequences of 512 tokens from six domains. Seconds are the calibration passes' and the solver's, not the evaluation's.
-Cells come from the artifact store where it has them. Those of `--given`, a `methods.json` of an earlier run, stand
-where there is none now; their seconds do not count. Writes `methods.md`, `methods.json` and `methods.png`.
+Several processes, of one thread each, say, share the work with `--claims`: each takes cells that none has taken yet;
+the tables are then made with `--cached-only`. Cells come from the artifact store where it has them. Those of `--given`,
+a `methods.json` of an earlier run, stand where there is none now; their seconds do not count. Writes `methods.md`,
+`methods.json` and `methods.png`.
 """
 
 import argparse
@@ -152,12 +154,17 @@ class Cell:
 class Runner:
     """Runs rows, or finds the finished ones."""
 
-    def __init__(self, recipe: Recipe, store: ArtifactStore, console: Console, *, cached_only: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, store: ArtifactStore, console: Console, *, cached_only: bool, claims: Path | None = None
+    ) -> None:
         self._recipe, self._store, self._console, self._cached_only = recipe, store, console, cached_only
+        self._claims = claims
 
     def cells(self, row: Row, bits: int, seeds: int) -> Iterator[Cell]:
         """Yield what every seed of a row gave; a failure is told, and loses no other."""
         for seed in range(seeds if row.seeded else 1):
+            if not self._is_mine(f"{row.name}, {bits} bits, seed {seed}"):
+                continue
             try:
                 found = self._cell(row, bits, seed)
             except CovercalError as error:
@@ -167,6 +174,17 @@ class Runner:
                 line = f"  {row.name}, {bits} bits, seed {seed}: KL {found.kl:.4f}, {found.seconds:.0f} s"
                 self._console.print(line, highlight=False, markup=False)
                 yield found
+
+    def _is_mine(self, cell: str) -> bool:
+        """Take a cell, unless another process has taken it."""
+        if self._claims is None:
+            return True
+        self._claims.mkdir(parents=True, exist_ok=True)
+        try:
+            (self._claims / cell).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def _cell(self, row: Row, bits: int, seed: int) -> Cell | None:
         settings = {"bits": bits, "group_size": 64} if bits < 8 else {}
@@ -302,12 +320,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of methods")
     parser.add_argument("--cached-only", action="store_true")
     parser.add_argument("--given", type=Path, help="`methods.json` of an earlier run")
+    parser.add_argument("--claims", type=Path, help="folder in which processes that share the work take cells")
     parser.add_argument("--output", type=Path, default=Path("methods"))
     given = parser.parse_args()
     console = Console(stderr=True)
     store = open_store()
     recipe = prepared(given.pool, given.model, store, console)
-    runner = Runner(recipe, store, console, cached_only=given.cached_only)
+    runner = Runner(recipe, store, console, cached_only=given.cached_only, claims=given.claims)
     cells: list[Cell] = []
     rows = {b: [row for row in (ROWS if b < 8 else W8A8) if not row.bits or b in row.bits] for b in given.bits}
     for bits, some in rows.items():
