@@ -390,6 +390,22 @@ def check_sites(model: PreTrainedModel, index: int, block: nn.Module, sites: Seq
             )
 
 
+def _check_rows(model: PreTrainedModel, index: int, name: str, read: Tensor) -> None:
+    """Raise when a linear reads more or less than one row for each token: its tokens cannot be told from others.
+
+    Raises
+    ------
+    InputError
+        Naming the block and the linear.
+    """
+    rows = read.numel() // read.shape[-1]
+    if rows != PROBE_TOKENS:
+        raise InputError(
+            f"Block {index} of {type(model).__name__} reads {rows} rows with `{name}` in a text of {PROBE_TOKENS} "
+            "tokens; covercal quantises linears that read one row for each token."
+        )
+
+
 def batches(sequences: Sequence[npt.NDArray[np.int32]], tokens: int) -> Iterator[list[int]]:
     """Yield indices of sequences of one length, at most `tokens` tokens (at least one sequence) together."""
     by_length: dict[int, list[int]] = {}
@@ -514,6 +530,8 @@ def _trace_sites(decoder: Decoder, probe: "Probe") -> Iterator[Site]:
             hook.remove()
         sites = [Site(index, order, tuple(names), tensor.shape[-1]) for order, (tensor, names) in enumerate(seen)]
         check_sites(decoder.model, index, block, sites)
+        for tensor, names in seen:
+            _check_rows(decoder.model, index, names[0], tensor)
         yield from sites
 
 

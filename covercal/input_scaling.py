@@ -104,7 +104,8 @@ def _folds(decoder: Decoder, block: nn.Module, sites: Sequence[Site]) -> dict[in
     for site in sites:
         expert = expert_of(wide, site)
         if expert is not None:
-            folds |= find_folds(wide, [site], _only(expert, hidden[0]), size)
+            read = hidden[0, :, : expert.gate_proj.in_features]  # a block's hidden states may be several side by side
+            folds |= find_folds(wide, [site], _only(expert, read), size)
     return folds
 
 

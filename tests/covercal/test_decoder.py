@@ -195,6 +195,23 @@ def test_a_linear_that_no_input_reaches_is_refused() -> None:
         make_decoder(with_blocks(Idle))
 
 
+class Prompted(nn.Module):
+    """A block that puts a token of its own before the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        prompt = torch.ones(len(hidden_states), 1, WIDTH)
+        return self.used(torch.cat([prompt, hidden_states], dim=1))[:, 1:]
+
+
+def test_a_linear_that_reads_more_than_the_tokens_is_refused() -> None:
+    with pytest.raises(InputError, match=r"reads 5 rows with `used` in a text of 4 tokens"):
+        make_decoder(with_blocks(Prompted))
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 
