@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from covercal.decoder import DTYPES, Decoder, stays_wide
 from covercal.errors import QuantizationError
-from covercal.experts import checkpoint_names, has_experts, is_linear, keeps_together, put_together
+from covercal.experts import checkpoint_names, has_experts, is_linear, keeps_together, put_together, skeleton_of
 from covercal.quantization import QuantizedBlock, QuantizedLinear, dequantized
 from covercal.quantization_settings import Dtype, Quantization
 
@@ -90,14 +90,15 @@ class CheckpointWriter:
     format: Format = field(init=False)
     why_dense: str = field(init=False)
     _names: dict[str, str] = field(init=False)
-    _together: bool = field(init=False)
+    _skeleton: PreTrainedModel | None = field(init=False)  # only where experts are kept together
     _stays_wide: Callable[[str], bool] = field(init=False)
 
     def __post_init__(self) -> None:
         self.format, self.why_dense = checkpoint_format(self.settings, self.decoder.model)
         self._names = checkpoint_names(self.decoder.model)
         self._stays_wide = stays_wide(self.decoder.model, self.storage_dtype)
-        self._together = keeps_together(self.decoder.model, self._names)
+        together = keeps_together(self.decoder.model, self._names)
+        self._skeleton = skeleton_of(self.decoder.model) if together else None
 
     def shard_name(self, index: int) -> str:
         """Return the file name of a block's shard; one more follows the last block."""
@@ -157,8 +158,8 @@ class CheckpointWriter:
         return kept
 
     def _save(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        if self._together:
-            stored = {n: self._stored(n, each) for n, each in put_together(self.decoder.model, tensors).items()}
+        if self._skeleton is not None:
+            stored = {n: self._stored(n, each) for n, each in put_together(self._skeleton, tensors).items()}
         else:
             stored = {self._stored_name(n): self._stored(n, each) for n, each in tensors.items()}
         save_file(dict(sorted(stored.items())), path, {"format": "pt"})

@@ -173,7 +173,7 @@ def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
     """
     if not has_experts(model):
         return {}
-    skeleton = _skeleton(model)
+    skeleton = skeleton_of(model)
     state, origins = _marked_state(skeleton)
     names = {}
     for name, tensor in revert_weight_conversion(skeleton, state).items():
@@ -195,15 +195,16 @@ def keeps_together(model: PreTrainedModel, names: Mapping[str, str]) -> bool:
     return any(f"{name}.1.{part}" not in names for name in experts for part in ("gate_proj", "up_proj", "down_proj"))
 
 
-def put_together(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def put_together(skeleton: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of some blocks as a checkpoint keeps them, all experts of a layer in one: names and values.
 
     Parameters
     ----------
+    skeleton
+        See `skeleton_of`.
     tensors
         By their names in the model with its experts taken apart; experts whole or not at all.
     """
-    skeleton = _skeleton(model)
     state = dict(tensors)
     for name, module in skeleton.named_modules():
         if not is_fused(module) or f"{name}.0.down_proj.weight" not in state:
@@ -217,7 +218,7 @@ def put_together(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[
     return dict(revert_weight_conversion(skeleton, state))
 
 
-def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
+def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model as transformers makes it, without weights."""
     with torch.device("meta"):
         return type(model)(model.config)
