@@ -68,7 +68,7 @@ OTHER_NAMES = {
 }
 HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 PER_LAYER = {
-    **{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0},
+    **{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 1},
     **{"global_head_dim": 16, "num_global_key_value_heads": 2, "sliding_window": 8},
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
 }
@@ -86,6 +86,21 @@ SIZES: tuple[dict[str, Any], ...] = (  # tried in this order
     ALL | HYBRID,
     USUAL | PER_LAYER,
 )
+MAMBA = {"n_groups": 1, "state_size": 8, "ssm_state_size": 8, "mamba_d_state": 8, "mamba_ngroups": 1}
+OWN_SIZES: dict[str, dict[str, Any]] = {  # what is small beside linears in a model must be so in its tiny one, too
+    "nemotron_h": USUAL
+    | MAMBA
+    | {"hidden_size": 64, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 16}
+    | {"layers_block_type": ["mamba", "attention", "mlp"]},
+    "jamba": USUAL
+    | MAMBA
+    | {"hidden_size": 128, "intermediate_size": 256, "mamba_dt_rank": 8, "num_experts": 4}
+    | {"attn_layer_period": 3, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "mamba": USUAL | MAMBA | {"hidden_size": 256},
+    "falcon_mamba": USUAL | MAMBA | {"hidden_size": 256},
+    "mamba2": USUAL | MAMBA | {"hidden_size": 64, "num_heads": 8, "head_dim": 16},
+    "recurrent_gemma": USUAL | {"hidden_size": 64, "intermediate_size": 384, "lru_width": 64},
+}
 METHODS: dict[str, dict[str, Any]] = {  # rounding to nearest is the yardstick of what a model loses at 8 bits
     "rtn": {"method": "rtn", "bits": 8, "group_size": 16},
     "gptq": {"method": "gptq", "bits": 8, "group_size": 16},
@@ -116,7 +131,7 @@ def at_most(seconds: int) -> Iterator[None]:
 
 def tiny_model(kind: str) -> PreTrainedModel | None:
     """Return a small random model of a type; None where none of `SIZES` makes one that runs."""
-    for sizes in SIZES:
+    for sizes in [OWN_SIZES[kind]] if kind in OWN_SIZES else SIZES:
         try:
             config = AutoConfig.for_model(kind, **sizes)
             with torch.device("meta"):

@@ -10,7 +10,8 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from covercal.decoder import BlockArguments, Site, linear_of, replaced_forward, run_block
+from covercal.block_call import BlockArguments, run_block
+from covercal.decoder import Site, linear_of, replaced_forward
 from covercal.experts import Expert
 from covercal.hidden_states import HiddenStates
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from covercal.block_call import run_block
 from covercal.block_pass import Batch, BlockPass, Read, expert_of
 from covercal.decoder import (
     DTYPES,
@@ -18,7 +19,6 @@ from covercal.decoder import (
     block_inputs,
     free_memory,
     linear_of,
-    run_block,
     stays_wide,
     token_tensor,
 )

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from covercal.block_call import BlockArguments, Left, hidden_of, run_and_tell, run_block
 from covercal.errors import InputError
 from covercal.experts import is_fused, is_linear, is_router, probing, unfuse_experts, unfused
 from covercal.model_files import check_shards
@@ -266,9 +267,9 @@ def _with_sites(decoder: Decoder) -> Decoder:
     with decoder.around(head=True):  # so that what the files lack is told now
         tokens = torch.zeros((1, PROBE_TOKENS), dtype=torch.int64, device=decoder.device)
         decoder = replace(decoder, returned=_returned(decoder, tokens))
-        hidden, arguments = block_inputs(decoder, tokens)
-    probe = Probe(hidden, tuple(arguments))
-    return replace(decoder, probe=probe, sites=tuple(_trace_sites(decoder, probe)))
+        entering, arguments = block_inputs(decoder, tokens)
+    sites, probed = _traced(decoder, entering, arguments)
+    return replace(decoder, sites=sites, probe=Probe(entering, probed))
 
 
 @torch.inference_mode()
@@ -282,21 +283,20 @@ def _check_walk(decoder: Decoder) -> None:
     """
     tokens = torch.arange(PROBE_TOKENS, device=decoder.device)[None]
     left: list[Tensor] = []
-    handle = decoder.blocks[-1].register_forward_hook(lambda _, __, output: left.append(_hidden_of(output)))
+    handle = decoder.blocks[-1].register_forward_hook(lambda _, __, output: left.append(hidden_of(output)))
     decoder.body(input_ids=tokens, use_cache=False)
     handle.remove()
     hidden, arguments = block_inputs(decoder, tokens)
     refused = InputError(
         f"The blocks of {type(decoder.model).__name__} do not compute by themselves what the model does: more than "
-        "hidden states goes from one to another, and covercal quantises one block after the other."
+        "hidden states, keys and values goes from one to another, and covercal quantises one block after the other."
     )
     try:
-        for block, (positional, keywords) in zip(decoder.blocks, arguments, strict=True):
-            own = {name: copy.copy(v) if isinstance(v, MutableMapping) else v for name, v in keywords.items()}
-            hidden = run_block(block, hidden, (positional, own))  # nothing that another block left in a mapping
+        for block, each in zip(decoder.blocks, arguments, strict=True):
+            hidden = run_block(block, hidden, each)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as cause:
         raise refused from cause
-    expected, hidden = left[-1].float(), hidden.float()
+    expected, hidden = left[-1].float(), hidden[..., : arguments[-1].width].float()
     if float((hidden - expected).norm()) > SAME_HIDDEN * float(expected.norm()):
         raise refused
 
@@ -347,7 +347,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
 
 
 def check_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
-    """Raise when much of a block lies outside `nn.Linear`: it would silently stay as it is.
+    """Raise when much of a block lies outside `nn.Linear`, and would silently stay as it is, or in an earlier block.
 
     What is small stays unquantised: routers, and the short convolutions of hybrid models.
 
@@ -356,7 +356,14 @@ def check_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
     InputError
         Naming the block, the module and its class.
     """
+    owners: dict[int, int] = {}
     for index, block in enumerate(blocks):
+        for name, module in block.named_modules():
+            if is_linear(module) and owners.setdefault(id(module.weight), index) != index:
+                raise InputError(
+                    f"Block {index} of {type(model).__name__} shares the weights of `{name}` with block "
+                    f"{owners[id(module.weight)]}; covercal quantises every block by itself."
+                )
         outside = [
             (parameter.numel(), f"{name}.{parameter_name}", type(module).__name__, tuple(parameter.shape))
             for name, module in block.named_modules()
@@ -424,15 +431,18 @@ def token_tensor(sequences: Sequence[npt.NDArray[np.int32]], device: torch.devic
 
 # --- one block at a time -------------------------------------------------------------------------------------------
 
-BlockArguments = tuple[tuple[Any, ...], dict[str, Any]]
-
 
 @dataclass(frozen=True, slots=True)
 class Probe:
     """A few tokens to try things on: what enters the first block, and every block's other arguments."""
 
-    hidden: Tensor
+    entering: Tensor
     arguments: tuple[BlockArguments, ...]
+
+    @property
+    def most(self) -> int:
+        """Return how many numbers at most go from one block to the next for each token."""
+        return max(each.beside * each.stream_width for each in self.arguments)
 
 
 class _EnteredError(Exception):
@@ -476,11 +486,13 @@ def block_inputs(decoder: Decoder, tokens: Tensor) -> tuple[Tensor, list[BlockAr
     """
     entered: list[Tensor] = []
     arguments: list[BlockArguments] = []
+    left = [()] * len(decoder.blocks) if decoder.probe is None else [each.left for each in decoder.probe.arguments]
 
     def pass_through(*positional: Any, **keywords: Any) -> Tensor | tuple[Tensor | None, ...]:
         hidden = torch.as_tensor(positional[0] if positional else keywords.pop("hidden_states"))
         entered.append(hidden)
-        arguments.append((positional[1:], keywords))
+        earlier, beside = left[len(arguments)], hidden.shape[:-3].numel()
+        arguments.append(BlockArguments(positional[1:], keywords, hidden.shape[-1], earlier, beside))
         return hidden if decoder.returned is None else (hidden, *[None] * (decoder.returned - 1))
 
     with ExitStack() as stack:
@@ -500,22 +512,16 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
         del module.forward
 
 
-@torch.inference_mode()
-def run_block(block: nn.Module, hidden: Tensor, arguments: BlockArguments) -> Tensor:
-    """Return a block's output hidden states, (sequences, length, model width)."""
-    positional, keywords = arguments
-    return _hidden_of(block(hidden, *positional, **keywords))
+def _traced(
+    decoder: Decoder, entering: Tensor, arguments: Sequence[BlockArguments]
+) -> tuple[tuple[Site, ...], tuple[BlockArguments, ...]]:
+    """Return the sites of every block, found by which linears receive the very same tensor in a forward pass.
 
-
-def _hidden_of(output: Any) -> Tensor:
-    """Return the hidden states of what a block returned."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
-def _trace_sites(decoder: Decoder, probe: "Probe") -> Iterator[Site]:
-    """Yield the sites of every block, found by which linears receive the very same tensor in a forward pass."""
-    hidden = probe.hidden
+    With them every block's arguments, which tell what earlier blocks left to it.
+    """
+    found: list[Site] = []
+    probed: list[BlockArguments] = []
+    left: tuple[Left, ...] = ()
     for index in range(len(decoder.blocks)):
         block = decoder.block(index)
         seen: list[tuple[Tensor, list[str]]] = []
@@ -524,15 +530,17 @@ def _trace_sites(decoder: Decoder, probe: "Probe") -> Iterator[Site]:
             for name, module in block.named_modules()
             if is_linear(module)
         ]
+        probed.append(replace(arguments[index], left=left))
         with probing(block):
-            hidden = run_block(block, hidden, probe.arguments[index])
+            entering, left = run_and_tell(block, entering, probed[-1])
         for hook in hooks:
             hook.remove()
         sites = [Site(index, order, tuple(names), tensor.shape[-1]) for order, (tensor, names) in enumerate(seen)]
         check_sites(decoder.model, index, block, sites)
         for tensor, names in seen:
             _check_rows(decoder.model, index, names[0], tensor)
-        yield from sites
+        found += sites
+    return tuple(found), tuple(probed)
 
 
 def _note_input(seen: list[tuple[Tensor, list[str]]], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

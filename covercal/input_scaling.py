@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from covercal.block_call import run_block
 from covercal.block_pass import expert_of
 from covercal.calibration import Calibration
-from covercal.decoder import DTYPES, Decoder, Site, linear_of, run_block
+from covercal.decoder import DTYPES, Decoder, Site, linear_of
 from covercal.folding import Fold, apply_scale, find_folds, undone_scale
 from covercal.gram import SiteStatistics
 from covercal.quantization_settings import Dtype, Quantization
@@ -96,8 +97,10 @@ def _folds(decoder: Decoder, block: nn.Module, sites: Sequence[Site]) -> dict[in
         raise ValueError("the decoder was described, not loaded")
     wide = copy.deepcopy(block).float()
     generator = torch.Generator().manual_seed(index)
-    hidden = torch.randn(probe.hidden.shape, generator=generator).to(probe.hidden.device)
-    arguments = _widened(probe.arguments[index])
+    given = probe.arguments[index]
+    arguments = replace(given, positional=_widened(given.positional), keywords=_widened(given.keywords))
+    shape = (*probe.entering.shape[:-1], given.stream_width)
+    hidden = torch.randn(shape, generator=generator).to(probe.entering.device)
     size = head_size(decoder, index)
     shared = [site for site in sites if expert_of(wide, site) is None]
     folds = find_folds(wide, shared, lambda module: run_block(module, hidden, arguments), size)

@@ -315,8 +315,9 @@ def _enter(running: Calibration, resumed: Resumed) -> None:
         if len(stream) != len(entering):
             raise ValueError(f"{len(stream)} batches resumed as {len(entering)}")
         for number, hidden in enumerate(entering):
-            if hidden.shape != stream[number].shape:
-                raise ValueError(f"batch of shape {tuple(stream[number].shape)} resumed as {tuple(hidden.shape)}")
+            wanted = (*stream[number].shape[:-1], running.batches[number].arguments[resumed.index].stream_width)
+            if hidden.shape != wanted:
+                raise ValueError(f"batch of shape {wanted} resumed as {tuple(hidden.shape)}")
             stream[number] = aligned(hidden)
 
 

@@ -235,8 +235,9 @@ def _where(finished: int, blocks: int) -> str:
 
 
 def _hidden_bytes(decoder: "Decoder", sequences: Sequence[npt.NDArray[np.int32]]) -> int:
-    tokens = sum(s.size for s in sequences)
-    return tokens * decoder.sites[0].channels * int(decoder.model.dtype.itemsize)
+    if decoder.probe is None:
+        raise ValueError("the decoder was described, not loaded")
+    return sum(s.size for s in sequences) * decoder.probe.most * int(decoder.model.dtype.itemsize)
 
 
 def _write_part(folder: Path, writer: "CheckpointWriter", block: "QuantizedBlock") -> None:

@@ -89,7 +89,9 @@ _PER_LAYER = {
     "vocab_size_per_layer_input": VOCABULARY,
     "global_head_dim": 16,
     "num_global_key_value_heads": 2,
-    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,  # the last two read the keys and values that the first two left
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     "sliding_window": 8,
 }
 OTHERS: dict[str, dict[str, Any]] = {  # each with something that the ones above have not
@@ -106,7 +108,8 @@ OTHERS: dict[str, dict[str, Any]] = {  # each with something that the ones above
     "olmo2": _SHAPE,
     "glm4": _SHAPE,
     "rwkv": _SHAPE | {"attention_hidden_size": WIDTH},
-    "gemma4_text": _SHAPE | _PER_LAYER | {"num_kv_shared_layers": 0},
+    "gemma4_text": _SHAPE | _PER_LAYER,
+    "gemma3n_text": _SHAPE | _PER_LAYER,
     "qwen3_next": _SHAPE | _EXPERTS | _HYBRID | {"shared_expert_intermediate_size": INNER},
     "qwen2_moe": _SHAPE | _EXPERTS | {"shared_expert_intermediate_size": INNER},
     "deepseek_v3": _SHAPE

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from covercal.block_call import run_block
 from covercal.block_pass import BlockPass, expert_of
 from covercal.calibration import IN_MEMORY, Calibration, start_calibration
-from covercal.decoder import Decoder, Site, linear_of, make_decoder, run_block
+from covercal.decoder import Decoder, Site, linear_of, make_decoder
 from tests.tiny import random_tokens, tiny_model
 
 SAMPLES = [*random_tokens(3, 12, 1), *random_tokens(2, 7, 2)]  # two batches

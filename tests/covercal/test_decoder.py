@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from covercal.block_call import run_block
 from covercal.decoder import (
     Decoder,
     batches,
@@ -20,7 +21,6 @@ from covercal.decoder import (
     load_decoder,
     make_decoder,
     pick_device,
-    run_block,
     token_tensor,
 )
 from covercal.errors import InputError
@@ -292,8 +292,15 @@ def test_walking_block_by_block_reproduces_the_models_hidden_states(architecture
 def test_the_blocks_of_a_model_with_two_kinds_of_attention_get_their_own_masks() -> None:
     decoder = make_decoder(tiny_model("gemma2"))
     _, arguments = block_inputs(decoder, tokens(1, 20))
-    masks = [keywords["attention_mask"] for _, keywords in arguments]
+    masks = [each.keywords["attention_mask"] for each in arguments]
     assert not torch.equal(masks[0], masks[1])
+
+
+def test_a_model_whose_blocks_share_a_linear_is_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(InputError, match=r"^Block 2 of LlamaForCausalLM shares the weights of `mlp.up_proj` with bloc"):
+        make_decoder(model)
 
 
 def test_reading_block_inputs_runs_no_block() -> None:

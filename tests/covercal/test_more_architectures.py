@@ -4,17 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from covercal.block_call import run_block
 from covercal.checkpoint import RECORD
-from covercal.decoder import Decoder, block_inputs, final_hidden, head_logits, load_decoder, make_decoder, run_block
+from covercal.decoder import Decoder, block_inputs, final_hidden, head_logits, load_decoder, make_decoder
 from covercal.errors import InputError
+from covercal.quantization import quantize_blocks
 from covercal.quantization_settings import Quantization
 from tests.covercal.walks import logits, quantized_model, write_checkpoint
-from tests.tiny import ARCHITECTURES, OTHERS, random_tokens, tiny_model
+from tests.tiny import ARCHITECTURES, OTHERS, WIDTH, random_tokens, tiny_model
 
 CPU = torch.device("cpu")
 SAMPLES = random_tokens(4, 18, 1)
@@ -27,13 +30,13 @@ def walked(decoder: Decoder) -> torch.Tensor:
     hidden, arguments = block_inputs(decoder, TOKENS)
     for block, each in zip(decoder.blocks, arguments, strict=True):
         hidden = run_block(block, hidden, each)
-    return hidden
+    return hidden[..., : arguments[-1].width]
 
 
-def left_the_last_block(decoder: Decoder) -> torch.Tensor:
+def left_a_block(decoder: Decoder, index: int, tokens: torch.Tensor) -> torch.Tensor:
     left: list[Any] = []
-    handle = decoder.blocks[-1].register_forward_hook(lambda _, __, output: left.append(output))
-    final_hidden(decoder, TOKENS)
+    handle = decoder.blocks[index].register_forward_hook(lambda _, __, output: left.append(output))
+    final_hidden(decoder, tokens)
     handle.remove()
     return left[0][0] if isinstance(left[0], tuple) else left[0]
 
@@ -41,7 +44,7 @@ def left_the_last_block(decoder: Decoder) -> torch.Tensor:
 @every_other
 def test_blocks_one_by_one_and_the_head_are_the_model(architecture: str) -> None:
     decoder = make_decoder(tiny_model(architecture))
-    assert torch.equal(walked(decoder), left_the_last_block(decoder))
+    assert torch.equal(walked(decoder), left_a_block(decoder, -1, TOKENS))
     with torch.inference_mode():
         expected = decoder.model(input_ids=TOKENS, use_cache=False).logits
     assert torch.equal(head_logits(decoder, final_hidden(decoder, TOKENS)), expected)
@@ -138,15 +141,44 @@ def test_what_reads_images_stays_in_the_checkpoint_as_it_is(tmp_path: Path) -> N
     assert not torch.equal(kept[language], original[language])
 
 
-def with_shared_keys() -> PreTrainedModel:
-    """Return a model whose last block reads the keys and values that another one left."""
-    config = AutoConfig.for_model("gemma4_text", **OTHERS["gemma4_text"] | {"num_kv_shared_layers": 1})
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+def test_keys_and_values_that_later_blocks_read_go_with_the_hidden_states() -> None:
+    decoder = make_decoder(tiny_model("gemma4_text"))
+    hidden, arguments = block_inputs(decoder, TOKENS)
+    assert [len(each.left) for each in arguments] == [0, 2, 4, 4]
+    widths = [each.stream_width - each.width for each in arguments]
+    assert widths == [0, 2 * 2 * 8, 2 * 2 * (8 + 16), 2 * 2 * (8 + 16)]  # keys and values of two heads
+    given = arguments[0].keywords["shared_kv_states"]
+    leaving = run_block(decoder.blocks[0], hidden, arguments[0])
+    assert leaving.shape == (*hidden.shape[:2], arguments[1].stream_width)
+    assert not given  # what the model gave is as it was, for the other streams that run through the blocks
 
 
-def test_a_model_whose_blocks_hand_on_more_than_hidden_states_is_refused() -> None:
-    with pytest.raises(InputError, match=r"^The blocks of Gemma4ForCausalLM do not compute by themselves"):
-        make_decoder(with_shared_keys())
+def test_each_stream_is_behind_the_keys_and_values_of_its_own_model() -> None:
+    original = make_decoder(tiny_model("gemma4_text"))
+    settings = Quantization(method="coreq", bits=3, group_size=16)
+    blocks = list(quantize_blocks(original, SAMPLES, settings, "float32"))
+    changed = make_decoder(quantized_model(original.model, blocks, settings, "float32"))
+    for index, block in enumerate(blocks[:-1]):
+        streams = [leaving[0][..., :WIDTH] for leaving in block.leaving]
+        expected = [
+            left_a_block(decoder, index, torch.from_numpy(np.stack(SAMPLES))) for decoder in (changed, original)
+        ]
+        torch.testing.assert_close(streams, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(*streams, rtol=1e-2, atol=1e-2)
+
+
+def test_a_block_that_leaves_something_else_is_refused() -> None:
+    model = tiny_model("gemma4_text")
+    attention = model.model.layers[0].self_attn
+    own = attention.forward
+
+    def leaves_hidden_states(hidden_states: torch.Tensor, *given: Any, **keywords: Any) -> Any:
+        keywords["shared_kv_states"]["more"] = hidden_states
+        return own(hidden_states, *given, **keywords)
+
+    attention.forward = leaves_hidden_states
+    with pytest.raises(InputError, match=r"^A Gemma4TextDecoderLayer leaves more than keys and values.*`shared_kv_sta"):
+        make_decoder(model)
 
 
 def test_a_model_whose_own_pass_differs_from_its_blocks_is_refused() -> None:

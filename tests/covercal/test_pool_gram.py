@@ -187,7 +187,7 @@ def test_two_sites_of_nothing_give_nothing() -> None:
 
 
 @pytest.mark.parametrize("by_sequence", [False, True])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "opt"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "opt", "gemma4_text"])
 def test_every_site_is_summed_over_the_originals_inputs(architecture: str, by_sequence: bool) -> None:
     found = places(summed([SHARDS[0]], None, architecture, by_sequence=by_sequence, spread=True))
     expected = inputs_of(architecture, SHARDS[0])
@@ -257,7 +257,7 @@ def test_the_model_is_not_changed() -> None:
 
 
 @pytest.mark.parametrize("first", range(1, BLOCKS))
-@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "gemma4_text"])
 def test_a_pass_that_is_resumed_at_any_block_gives_the_same_bits(architecture: str, first: int, tmp_path: Path) -> None:
     whole = list(summed(SHARDS, None, architecture))
     entering = []
