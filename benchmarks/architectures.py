@@ -91,7 +91,9 @@ OWN_SIZES: dict[str, dict[str, Any]] = {  # what is small beside linears in a mo
     "nemotron_h": USUAL
     | MAMBA
     | {"hidden_size": 64, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 16}
-    | {"layers_block_type": ["mamba", "attention", "mlp"]},
+    | {"layers_block_type": ["mamba", "attention", "moe"], "n_routed_experts": 4, "moe_intermediate_size": 64}
+    | {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_shared_expert_intermediate_size": 64},
+    "hy_v4": ALL | {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128},
     "jamba": USUAL
     | MAMBA
     | {"hidden_size": 128, "intermediate_size": 256, "mamba_dt_rank": 8, "num_experts": 4}

@@ -73,11 +73,13 @@ PLAIN = {"method": "gptq"}
 OWN = {"method": "covercal"}
 POOL_ALONE = {"method": "gptq", "gram": "pool", "shrinkage": 0.3}
 FEW = {"selection.budget": 32}
+MANY = {"selection.budget": 256}
 ROWS = (
     Row("rtn", {"method": "rtn"}, "", seeded=False),
     Row("rtn, mse ranges", {"method": "rtn", "ranges": "mse"}, "rtn", seeded=False),
     Row("gptq", PLAIN, ""),
     Row("gptq, 32 samples", PLAIN, "gptq", fields=FEW),
+    Row("gptq, 256 samples", PLAIN, "gptq", fields=MANY),
     Row("gptq, damping 0.05", {**PLAIN, "damping": 0.05}),
     Row("gptq, damping 0.25", {**PLAIN, "damping": 0.25}),
     Row("gptq, damping 0.5", {**PLAIN, "damping": 0.5}),

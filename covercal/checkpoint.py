@@ -167,7 +167,10 @@ class CheckpointWriter:
     def _stored_name(self, name: str) -> str:
         """Return the name of a tensor in a checkpoint: experts are not named there as they are in the model."""
         module, _, last = name.rpartition(".")
-        return f"{self._names[module]}.{last}" if module in self._names else name
+        if name in self._names:
+            return self._names[name]
+        weight = self._names.get(f"{module}.weight")  # of which a packed linear's tensors take the place
+        return name if weight is None else f"{weight.removesuffix('weight')}{last}"
 
     def _stored(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():

@@ -287,18 +287,18 @@ def _check_walk(decoder: Decoder) -> None:
     decoder.body(input_ids=tokens, use_cache=False)
     handle.remove()
     hidden, arguments = block_inputs(decoder, tokens)
-    refused = InputError(
+    for block, each in zip(decoder.blocks, arguments, strict=True):
+        hidden = run_block(block, hidden, each)
+    expected, hidden = left[-1].float(), hidden[..., : arguments[-1].width].float()
+    if float((hidden - expected).norm()) > SAME_HIDDEN * float(expected.norm()):
+        raise _not_alone(decoder)
+
+
+def _not_alone(decoder: Decoder) -> InputError:
+    return InputError(
         f"The blocks of {type(decoder.model).__name__} do not compute by themselves what the model does: more than "
         "hidden states, keys and values goes from one to another, and covercal quantises one block after the other."
     )
-    try:
-        for block, each in zip(decoder.blocks, arguments, strict=True):
-            hidden = run_block(block, hidden, each)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as cause:
-        raise refused from cause
-    expected, hidden = left[-1].float(), hidden[..., : arguments[-1].width].float()
-    if float((hidden - expected).norm()) > SAME_HIDDEN * float(expected.norm()):
-        raise refused
 
 
 def describe_decoder(folder: Path, *, trust_remote_code: bool = False) -> Decoder:
@@ -531,8 +531,11 @@ def _traced(
             if is_linear(module)
         ]
         probed.append(replace(arguments[index], left=left))
-        with probing(block):
-            entering, left = run_and_tell(block, entering, probed[-1])
+        try:
+            with probing(block):
+                entering, left = run_and_tell(block, entering, probed[-1])
+        except (AttributeError, LookupError, TypeError, ValueError) as cause:  # it misses what others hand to it
+            raise _not_alone(decoder) from cause
         for hook in hooks:
             hook.remove()
         sites = [Site(index, order, tuple(names), tensor.shape[-1]) for order, (tensor, names) in enumerate(seen)]

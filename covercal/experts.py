@@ -1,8 +1,10 @@
 """Mixture-of-experts layers: the experts that transformers keeps fused in one parameter, as linears of their own."""
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -12,14 +14,75 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from covercal.errors import InputError
 
-FUSED = {"gate_up_proj", "down_proj"}  # (experts, 2 * inner, width) and (experts, width, inner)
+TAKES = ("self", "hidden_states", "top_k_index", "top_k_weights")  # the last two by other names in some models
+DEFAULT_GATING = "transformers.integrations.moe"
 FEWEST_CHANNELS = 9
 PROBED_TOKENS = 3
 TOLERANCE = 1e-3
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a module of transformers holds its experts: one parameter for each of their linears, the first two in one.
+
+    Attributes
+    ----------
+    gated
+        Whether an expert has a gate; its weight then stands with that of `up_proj`, in `gate_up_proj`.
+    transposed
+        Whether weights are (experts, inputs, outputs), not (experts, outputs, inputs).
+    interleaved
+        Whether outputs of gate and up take turns; else all of the gate come first.
+    biased
+        Whether linears have biases, (experts, outputs).
+    """
+
+    gated: bool = True
+    transposed: bool = False
+    interleaved: bool = False
+    biased: bool = False
+
+    @property
+    def parameters(self) -> set[str]:
+        """Return the names of the module's parameters."""
+        weights = {"gate_up_proj" if self.gated else "up_proj", "down_proj"}
+        return weights | {f"{name}_bias" for name in weights} if self.biased else weights
+
+    def apart(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Return what a parameter holds of all experts by its name in one, (experts, ...) each, in the same memory."""
+        linear, bias = name.removesuffix("_bias"), name.endswith("_bias")
+        last = "bias" if bias else "weight"
+        if self.transposed and not bias:
+            tensor = tensor.mT
+        if linear != "gate_up_proj":
+            return {f"{linear}.{last}": tensor}
+        gate, up = (tensor[:, ::2], tensor[:, 1::2]) if self.interleaved else tensor.chunk(2, dim=1)
+        return {f"gate_proj.{last}": gate, f"up_proj.{last}": up}
+
+    def together(self, parts: Sequence[Tensor], *, bias: bool) -> Tensor:
+        """Return the parameter of which `apart` makes some parts, in that order."""
+        found = parts[0] if len(parts) == 1 else self.joined(parts[0], parts[1], dim=1)
+        return found.mT if self.transposed and not bias else found
+
+    def joined(self, gate: Tensor, up: Tensor, dim: int) -> Tensor:
+        """Return gate and up as they lie in `gate_up_proj`, along a dimension."""
+        if self.interleaved:
+            dim %= gate.ndim
+            return torch.stack((gate, up), dim=dim + 1).flatten(dim, dim + 1)
+        return torch.cat((gate, up), dim=dim)
+
+
 class Expert(nn.Module):
-    """One gated expert.
+    """One expert: down_proj(activation(gate_proj(x)) * up_proj(x)), without a gate down_proj(activation(up_proj(x))).
+
+    Parameters
+    ----------
+    tensors
+        Weights and biases by their names here.
+    activation
+        Of the gate, or of `up_proj` where there is none.
+    gating
+        Of gate and up together, in place of the activation.
 
     Attributes
     ----------
@@ -27,17 +90,58 @@ class Expert(nn.Module):
         int64: which rows of the layer's hidden states it was last given; None before the first.
     """
 
-    def __init__(self, gate: Tensor, up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
+    gate_proj: nn.Linear | None
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+    act_fn: Callable[[Tensor], Tensor]
+    gating: nn.Module | None
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], activation: Callable[[Tensor], Tensor], gating: nn.Module | None
+    ) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = (linear_with(weight) for weight in (gate, up, down))
-        self.act_fn = activation
+        self.gate_proj = _linear(tensors, "gate_proj") if "gate_proj.weight" in tensors else None
+        self.up_proj, self.down_proj = _linear(tensors, "up_proj"), _linear(tensors, "down_proj")
+        self.act_fn, self.gating = activation, gating
         self.tokens: Tensor | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the expert's output, (tokens, width)."""
-        gated: Tensor = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-        output: Tensor = self.down_proj(gated)
+        gate = None if self.gate_proj is None else self.gate_proj(hidden_states)
+        if self.gating is not None:
+            inner = self.gating(gate, self.up_proj(hidden_states))
+        elif gate is None:
+            inner = self.act_fn(self.up_proj(hidden_states))
+        else:
+            inner = self.act_fn(gate) * self.up_proj(hidden_states)
+        output: Tensor = self.down_proj(inner)
         return output
+
+
+def _linear(tensors: Mapping[str, Tensor], name: str) -> nn.Linear:
+    return linear_with(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+
+
+class Gating(nn.Module):
+    """The gating that a module of transformers has of its own.
+
+    Parameters
+    ----------
+    experts
+        The module, without its parameters.
+    layout
+        Its layout.
+    """
+
+    def __init__(self, experts: nn.Module, layout: Layout) -> None:
+        super().__init__()
+        self.experts: Any = experts
+        self.layout = layout
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Return the inputs of `down_proj`, (tokens, inner)."""
+        gated: Tensor = self.experts._apply_gate(self.layout.joined(gate, up, dim=-1))
+        return gated
 
 
 class Experts(nn.ModuleList):
@@ -88,25 +192,48 @@ def probing(module: nn.Module) -> Iterator[None]:
             each.probed = False
 
 
-def linear_with(weight: Tensor) -> nn.Linear:
-    """Return a linear without bias around a weight (outputs, inputs), which is not copied."""
+def linear_with(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """Return a linear around a weight (outputs, inputs) and a bias, which are not copied."""
     with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
 
 
-def is_fused(module: nn.Module) -> bool:
-    """Return whether a module holds gated experts fused the way that `unfuse_experts` knows."""
+def layout_of(module: nn.Module) -> Layout | None:
+    """Return how a module holds fused experts; None where it is no such module, or holds them in another way."""
     parameters = dict(module.named_parameters(recurse=False))
-    if set(parameters) != FUSED or not callable(getattr(module, "act_fn", None)):
-        return False
-    gate_up, down = parameters["gate_up_proj"], parameters["down_proj"]
-    if gate_up.ndim != 3 or down.ndim != 3:
-        return False
+    layout = Layout(
+        "gate_up_proj" in parameters,
+        bool(getattr(module, "is_transposed", False)),
+        not getattr(module, "is_concatenated", True),
+        "down_proj_bias" in parameters,
+    )
+    if set(parameters) != layout.parameters or len(inspect.signature(type(module).forward).parameters) != len(TAKES):
+        return None
+    if not callable(getattr(module, "act_fn", None)) and not has_own_gating(module):
+        return None
+    if parameters["down_proj"].ndim != 3:
+        return None
+    down = layout.apart("down_proj", parameters["down_proj"])["down_proj.weight"]
     experts, width, inner = down.shape
-    takes = list(inspect.signature(type(module).forward).parameters)[1:4]
-    return gate_up.shape == (experts, 2 * inner, width) and takes == ["hidden_states", "top_k_index", "top_k_weights"]
+    first = "gate_up_proj" if layout.gated else "up_proj"
+    expected = (experts, 2 * inner if layout.gated else inner, width)
+    found = parameters[first].mT if layout.transposed and parameters[first].ndim == 3 else parameters[first]
+    return layout if found.shape == expected else None
+
+
+def has_own_gating(module: nn.Module) -> bool:
+    """Return whether fused experts have a gating of their own, not activation(gate) * up."""
+    gating = getattr(type(module), "_apply_gate", None)
+    return gating is not None and gating.__module__ != DEFAULT_GATING
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Return whether a module holds experts fused the way that `unfuse_experts` knows."""
+    return layout_of(module) is not None
 
 
 def is_router(module: nn.Module, weight: Tensor) -> bool:
@@ -134,13 +261,23 @@ def unfused(module: nn.Module) -> Experts:
     InputError
         When they do not compute what the fused module computes: then it is another kind of expert.
     """
-    gate_up, down = module.get_parameter("gate_up_proj").data, module.get_parameter("down_proj").data
-    inner = down.shape[2]
-    activation: Any = module.act_fn
+    layout = layout_of(module)
+    if layout is None:
+        raise TypeError(f"{type(module).__name__} holds no fused experts")
+    parts: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        parts |= layout.apart(name, parameter.data)
+    gating: nn.Module | None = None
+    if has_own_gating(module):
+        bare = copy.copy(module)
+        bare._parameters = {}
+        gating = Gating(bare, layout)
+    activation: Any = getattr(module, "act_fn", None)
     experts = Experts(
-        Expert(gate_up[number, :inner], gate_up[number, inner:], down[number], activation)
-        for number in range(len(down))
+        Expert({name: part[number] for name, part in parts.items()}, activation, gating)
+        for number in range(len(parts["down_proj.weight"]))
     ).eval()
+    down = parts["down_proj.weight"]
     if not down.is_meta:
         _check_same(module, experts, down)
     return experts
@@ -166,7 +303,7 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
-    """Return what a model's modules inside and around experts are called in its checkpoints, by their name here.
+    """Return what the tensors of a model with experts are called in its checkpoints, by their name here.
 
     The names are found by letting transformers turn a state whose numbers tell where they come from back into
     a checkpoint's. Empty for a model without experts: its names are the same.
@@ -179,7 +316,7 @@ def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
     for name, tensor in revert_weight_conversion(skeleton, state).items():
         value = int(tensor.reshape(-1)[0]) if tensor.numel() else -1
         if value in origins:
-            names[origins[value]] = name.rpartition(".")[0]
+            names[origins[value]] = name
     return names
 
 
@@ -192,7 +329,7 @@ def keeps_together(model: PreTrainedModel, names: Mapping[str, str]) -> bool:
         The model's `checkpoint_names`.
     """
     experts = [name for name, module in model.named_modules() if isinstance(module, Experts) or is_fused(module)]
-    return any(f"{name}.1.{part}" not in names for name in experts for part in ("gate_proj", "up_proj", "down_proj"))
+    return any(f"{name}.1.down_proj.weight" not in names for name in experts)
 
 
 def put_together(skeleton: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -207,14 +344,15 @@ def put_together(skeleton: PreTrainedModel, tensors: Mapping[str, Tensor]) -> di
     """
     state = dict(tensors)
     for name, module in skeleton.named_modules():
-        if not is_fused(module) or f"{name}.0.down_proj.weight" not in state:
+        layout = layout_of(module)
+        if layout is None or f"{name}.0.down_proj.weight" not in state:
             continue
-        count = module.get_parameter("down_proj").shape[0]
-        gate, up, down = (
-            torch.stack([state.pop(f"{name}.{number}.{part}.weight") for number in range(count)])
-            for part in ("gate_proj", "up_proj", "down_proj")
-        )
-        state |= {f"{name}.gate_up_proj": torch.cat([gate, up], dim=1), f"{name}.down_proj": down}
+        for parameter, empty in module.named_parameters(recurse=False):
+            parts = [
+                torch.stack([state.pop(f"{name}.{number}.{part}") for number in range(len(empty))])
+                for part in layout.apart(parameter, empty)
+            ]
+            state[f"{name}.{parameter}"] = layout.together(parts, bias=empty.ndim == 2)
     return dict(revert_weight_conversion(skeleton, state))
 
 
@@ -228,21 +366,24 @@ def _marked_state(skeleton: nn.Module) -> tuple[dict[str, Tensor], dict[int, str
     """Return a state full of numbers, one for each of its parts that a checkpoint may tell apart, and the parts."""
     origins: dict[int, str] = {}
 
-    def mark(module: str) -> float:
-        origins[len(origins)] = module
+    def mark(name: str) -> float:
+        origins[len(origins)] = name
         return float(len(origins) - 1)
 
-    fused = {name for name, module in skeleton.named_modules() if is_fused(module)}
+    layouts = {name: layout_of(module) for name, module in skeleton.named_modules()}
     state = {}
     for name, tensor in skeleton.state_dict().items():
         module, _, last = name.rpartition(".")
-        if module not in fused:
-            state[name] = torch.full((1,) * tensor.ndim, mark(module)).expand(tensor.shape)
+        layout = layouts[module]
+        if layout is None:
+            state[name] = torch.full((1,) * tensor.ndim, mark(name)).expand(tensor.shape)
             continue
-        parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
-        marks = [[mark(f"{module}.{number}.{part}") for part in parts] for number in range(tensor.shape[0])]
-        rows = torch.tensor(marks).repeat_interleave(tensor.shape[1] // len(parts), dim=1)
-        state[name] = rows[:, :, None].expand(tensor.shape)
+        parts = []
+        for part, empty in layout.apart(last, tensor).items():
+            marks = torch.tensor([mark(f"{module}.{number}.{part}") for number in range(len(tensor))])
+            rows = marks.reshape(-1, *[1] * (tensor.ndim - 1)).expand(-1, empty.shape[1], *[1] * (tensor.ndim - 2))
+            parts.append(rows)
+        state[name] = layout.together(parts, bias=tensor.ndim == 2).expand(tensor.shape)
     return state, origins
 
 

@@ -137,7 +137,7 @@ def _candidates(block: nn.Module, site: Site, trail: list[tuple[str, int]], head
     device = next(block.parameters()).device
     for name, width in reversed(before):
         module = block.get_submodule(name)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.out_features == width:
             row = _rows(width, site.channels, head_size)
             if row is not None and name not in site.linears:
                 yield Fold(name, "rows", row.to(device))

@@ -26,6 +26,7 @@ from covercal.quantizers.scaling import (
 )
 from covercal.quantizers.solver import energy, weight_magnitude
 
+LARGE = 100.0  # of the inputs that experts are tried on, too: some clamp what is large
 NOT_FOLDED = "inputs are not scaled: no module that makes them takes up the inverse"
 
 
@@ -107,7 +108,8 @@ def _folds(decoder: Decoder, block: nn.Module, sites: Sequence[Site]) -> dict[in
     for site in sites:
         expert = expert_of(wide, site)
         if expert is not None:
-            read = hidden[0, :, : expert.gate_proj.in_features]  # a block's hidden states may be several side by side
+            read = hidden[0, :, : expert.up_proj.in_features]  # a block's hidden states may be several side by side
+            read = torch.cat([read, LARGE * read])
             folds |= find_folds(wide, [site], _only(expert, read), size)
     return folds
 

@@ -123,6 +123,13 @@ OTHERS: dict[str, dict[str, Any]] = {  # each with something that the ones above
     | _EXPERTS
     | {"layer_types": ["conv", "full_attention", "full_attention"], "num_dense_layers": 1},
     "phimoe": _SHAPE | _EXPERTS,
+    "gpt_oss": _SHAPE | _EXPERTS | {"layer_types": ["full_attention"] * BLOCKS},
+    "minimax_m3_vl_text": _SHAPE | _EXPERTS,
+    "nemotron_h": _SHAPE
+    | _EXPERTS
+    | {"n_routed_experts": EXPERTS, "n_group": 1, "topk_group": 1, "moe_shared_expert_intermediate_size": INNER}
+    | {"layers_block_type": ["mamba", "attention", "moe"], "mamba_num_heads": 8, "mamba_head_dim": 16}
+    | {"n_groups": 1, "ssm_state_size": 8},
 }
 DOMAINS = {
     "animals": "cat dog horse sheep mouse bird fish runs sleeps eats sees chases the a quick lazy small",

@@ -1,6 +1,7 @@
 """Experts as linears of their own, against transformers' fused modules and the tokens that its routers choose."""
 
 import copy
+import itertools
 import json
 from collections.abc import Iterator
 from functools import cache
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from covercal.block_pass import expert_of
 from covercal.calibration import IN_MEMORY, block_sums, start_calibration
@@ -23,6 +24,7 @@ from covercal.errors import InputError, QuantizationError
 from covercal.experts import (
     Expert,
     Experts,
+    Layout,
     checkpoint_names,
     has_experts,
     is_fused,
@@ -32,6 +34,7 @@ from covercal.experts import (
     unfused,
 )
 from covercal.gram import Wanted
+from covercal.input_scaling import _folds
 from covercal.quantization import QuantizedBlock, dequantized, quantize_blocks, without_inputs
 from covercal.quantization_settings import Quantization
 from covercal.quantizers.grid import GridSettings, min_max_grid
@@ -415,17 +418,16 @@ def test_experts_are_called_in_a_checkpoint_what_transformers_calls_them(archite
     ]
     assert len(linears) == 3 * EXPERTS * BLOCKS
     for name in linears:
-        assert torch.equal(saved[f"{names[name]}.weight"], decoder.model.get_submodule(name).weight)
+        assert torch.equal(saved[names[f"{name}.weight"]], decoder.model.get_submodule(name).weight)
 
 
 @every_mixture
-def test_no_other_module_is_renamed_but_to_what_it_is_called_in_a_checkpoint(architecture: str, tmp_path: Path) -> None:
+def test_no_other_tensor_is_renamed_but_to_what_it_is_called_in_a_checkpoint(architecture: str, tmp_path: Path) -> None:
     fused_model(architecture).save_pretrained(tmp_path)
     saved = tensors_of(tmp_path)
     names = checkpoint_names(decoder_of(architecture).model)
     for name, parameter in decoder_of(architecture).model.named_parameters():
-        module, _, last = name.rpartition(".")
-        assert torch.equal(saved[f"{names.get(module, module)}.{last}"], parameter)
+        assert torch.equal(saved[names.get(name, name)], parameter)
 
 
 # --- other kinds ---------------------------------------------------------------------------------------------------
@@ -483,12 +485,53 @@ def test_experts_of_another_shape_are_not_taken_for_the_usual_kind() -> None:
     assert not is_fused(fused)
 
 
-def test_a_model_whose_experts_have_biases_is_refused() -> None:
-    config = AutoConfig.for_model(
-        "gpt_oss", **MIXTURES["mixtral"], num_experts=EXPERTS, layer_types=["full_attention"] * BLOCKS
+@pytest.mark.parametrize("layout", [Layout(*choices) for choices in itertools.product((False, True), repeat=4)])
+def test_parameters_of_every_layout_are_put_together_as_they_were(layout: Layout) -> None:
+    outputs = {"gate_up_proj": 2 * INNER, "up_proj": INNER, "down_proj": WIDTH}
+    inputs = {"gate_up_proj": WIDTH, "up_proj": WIDTH, "down_proj": INNER}
+    parts: dict[str, Tensor] = {}
+    for name in layout.parameters:
+        linear = name.removesuffix("_bias")
+        shape = (outputs[linear],) if name.endswith("_bias") else (outputs[linear], inputs[linear])
+        shape = shape[::-1] if layout.transposed else shape
+        parameter = torch.randn(EXPERTS, *shape)
+        apart = layout.apart(name, parameter)
+        assert torch.equal(layout.together(list(apart.values()), bias=len(shape) == 1), parameter)
+        assert all(part.untyped_storage().data_ptr() == parameter.data_ptr() for part in apart.values())
+        parts |= apart
+    linears = {"up_proj": (INNER, WIDTH), "down_proj": (WIDTH, INNER)} | (
+        {"gate_proj": (INNER, WIDTH)} if layout.gated else {}
     )
-    with pytest.raises(InputError, match=r"^Block 0 of GptOssForCausalLM keeps weights in `mlp\.experts\."):
-        make_decoder(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    assert {name: part.shape[1:] for name, part in parts.items() if name.endswith("weight")} == {
+        f"{name}.weight": shape for name, shape in linears.items()
+    }
+
+
+class ClampingExperts(OtherExperts):
+    """Experts that say how they gate: what is large is cut off."""
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.gated(gate, up)
+
+
+@pytest.mark.parametrize("kind", ["swapped", "one more", "clamped"])
+def test_a_gating_that_experts_have_of_their_own_is_computed(kind: str) -> None:
+    fused = ClampingExperts(kind)
+    hidden, index, weights = torch.randn(5, WIDTH), torch.tensor([[0, 1]] * 5), torch.rand(5, 2)
+    expected = fused(hidden, index, weights)
+    torch.testing.assert_close(unfused(fused)(hidden, index, weights), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("usual", 1), ("clamped", 0)])
+def test_no_scale_goes_into_what_is_clamped_for_large_inputs_only(kind: str, count: int) -> None:
+    fused = ClampingExperts(kind)
+    fused.gate_up_proj.data *= 0.01  # nothing is clamped of inputs of the usual size
+    decoder = decoder_of("mixtral")
+    block = decoder.own_block(0)
+    block.mlp.experts = unfused(fused)
+    folds = _folds(decoder, block, [Site(0, 0, ("mlp.experts.0.down_proj",), INNER)])
+    assert len(folds) == count
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(EXPERTS, True), (EXPERTS + 1, False)])

@@ -16,8 +16,8 @@ from covercal.decoder import Decoder, block_inputs, final_hidden, head_logits, l
 from covercal.errors import InputError
 from covercal.quantization import quantize_blocks
 from covercal.quantization_settings import Quantization
-from tests.covercal.walks import logits, quantized_model, write_checkpoint
-from tests.tiny import ARCHITECTURES, OTHERS, WIDTH, random_tokens, tiny_model
+from tests.covercal.walks import linears_of, logits, quantized_model, write_checkpoint
+from tests.tiny import ARCHITECTURES, EXPERTS, OTHERS, WIDTH, random_tokens, tiny_model
 
 CPU = torch.device("cpu")
 SAMPLES = random_tokens(4, 18, 1)
@@ -84,6 +84,24 @@ def test_experts_that_checkpoints_keep_in_one_tensor_are_written_so_and_it_is_to
         for folder in ("original", "written")
     ]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "each", "form"),
+    [
+        ("nemotron_h", ["up_proj", "down_proj"], "pack-quantized"),  # no gate
+        ("minimax_m3_vl_text", ["gate_proj", "up_proj", "down_proj"], "dense"),  # a gating of its own
+        ("gpt_oss", ["gate_proj", "up_proj", "down_proj"], "dense"),  # its own gating, biases, in turns
+    ],
+)
+def test_experts_of_other_kinds_are_quantised(architecture: str, each: list[str], form: str, tmp_path: Path) -> None:
+    decoder = make_decoder(tiny_model(architecture))
+    writer, blocks = write_checkpoint(tmp_path, decoder, SAMPLES, RTN)
+    found = [name.rpartition("experts.")[2] for name in linears_of(blocks) if ".experts." in name]
+    wanted = [f"{number}.{name}" for number in range(EXPERTS) for name in each]
+    assert found == wanted * (len(found) // len(wanted))
+    assert found
+    assert writer.format == form
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
