@@ -73,6 +73,14 @@ PER_LAYER = {
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
 }
 ALL = USUAL | OTHER_NAMES
+SEEING = USUAL | {
+    "depth": 2,
+    "num_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+    "out_hidden_size": 32,
+    "embed_dim": 32,
+}
 NO_HEAD_SIZE = {name: value for name, value in ALL.items() if name != "head_dim"}
 SIZES: tuple[dict[str, Any], ...] = (  # tried in this order
     ALL,
@@ -85,6 +93,7 @@ SIZES: tuple[dict[str, Any], ...] = (  # tried in this order
     ALL | {"head_dim": 16, "num_key_value_heads": 4},
     ALL | HYBRID,
     USUAL | PER_LAYER,
+    *({"text_config": text, "vision_config": SEEING} for text in (ALL | HYBRID, ALL | PER_LAYER, ALL)),
 )
 MAMBA = {"n_groups": 1, "state_size": 8, "ssm_state_size": 8, "mamba_d_state": 8, "mamba_ngroups": 1}
 OWN_SIZES: dict[str, dict[str, Any]] = {  # what is small beside linears in a model must be so in its tiny one, too

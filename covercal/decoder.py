@@ -13,7 +13,7 @@ import numpy.typing as npt
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from covercal.block_call import BlockArguments, Left, hidden_of, run_and_tell, run_block
@@ -21,7 +21,7 @@ from covercal.errors import InputError
 from covercal.experts import is_fused, is_linear, is_router, probing, unfuse_experts, unfused
 from covercal.model_files import check_shards
 from covercal.quantization_settings import Dtype
-from covercal.streaming import StreamedWeights, body_of, empty_model
+from covercal.streaming import StreamedWeights, body_of, empty_model, loader_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOKENS = 4
@@ -207,7 +207,8 @@ def load_decoder(
     check_shards(folder)
     if streamed:
         return _streamed_decoder(folder, dtype, device, trust_remote_code)
-    model, found = AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    model, found = loader_for(config).from_pretrained(
         folder,
         dtype=DTYPES[dtype],
         trust_remote_code=trust_remote_code,
@@ -274,7 +275,7 @@ def _with_sites(decoder: Decoder) -> Decoder:
 
 @torch.inference_mode()
 def _check_walk(decoder: Decoder) -> None:
-    """Raise when blocks that are run one by one do not compute what the model computes.
+    """Raise when blocks that are run one by one, or the head alone, do not compute what the model computes.
 
     Raises
     ------
@@ -283,15 +284,27 @@ def _check_walk(decoder: Decoder) -> None:
     """
     tokens = torch.arange(PROBE_TOKENS, device=decoder.device)[None]
     left: list[Tensor] = []
-    handle = decoder.blocks[-1].register_forward_hook(lambda _, __, output: left.append(hidden_of(output)))
-    decoder.body(input_ids=tokens, use_cache=False)
-    handle.remove()
+    final: list[Tensor] = []
+    with (
+        decoder.blocks[-1].register_forward_hook(lambda _, __, output: left.append(hidden_of(output))),
+        decoder.body.register_forward_hook(lambda _, __, output: final.append(output[0])),
+    ):
+        logits = decoder.model(input_ids=tokens, use_cache=False).logits
+    own = head_logits(decoder, final[-1])
+    if logits is None or own.shape != logits.shape or _apart(own, logits.float()):
+        raise InputError(
+            f"The head of {type(decoder.model).__name__} computes other logits than the model when it is given the "
+            "hidden states that the model gives it; covercal compares models by what their heads make of hidden states."
+        )
     hidden, arguments = block_inputs(decoder, tokens)
     for block, each in zip(decoder.blocks, arguments, strict=True):
         hidden = run_block(block, hidden, each)
-    expected, hidden = left[-1].float(), hidden[..., : arguments[-1].width].float()
-    if float((hidden - expected).norm()) > SAME_HIDDEN * float(expected.norm()):
+    if _apart(hidden[..., : arguments[-1].width].float(), left[-1].float()):
         raise _not_alone(decoder)
+
+
+def _apart(found: Tensor, expected: Tensor) -> bool:
+    return float((found - expected).norm()) > SAME_HIDDEN * float(expected.norm())
 
 
 def _not_alone(decoder: Decoder) -> InputError:
@@ -312,7 +325,7 @@ def describe_decoder(folder: Path, *, trust_remote_code: bool = False) -> Decode
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = loader_for(config).from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError, RuntimeError) as cause:
         raise InputError(
             f"transformers cannot make a model of {folder / 'config.json'}: {str(cause).strip().splitlines()[0]} "
@@ -326,14 +339,17 @@ def describe_decoder(folder: Path, *, trust_remote_code: bool = False) -> Decode
 def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
     """Return the name of the list of blocks and the blocks: the largest module list as long as the model is deep.
 
+    One inside what the model calls its decoder goes before all others, of what reads images, say.
+
     Raises
     ------
     InputError
         When there is no such list.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    inside = {id(module) for module in model.get_decoder().modules()}
     lists = [
-        (sum(p.numel() for p in module.parameters()), name, module)
+        (id(module) in inside, sum(p.numel() for p in module.parameters()), name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
@@ -342,7 +358,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
             f"The blocks of {type(model).__name__} cannot be found: no module list has "
             f"num_hidden_layers = {depth} entries."
         )
-    _, name, module = max(lists, key=lambda each: each[0])
+    *_, name, module = max(lists, key=lambda each: each[:2])
     return name, tuple(module)
 
 
@@ -589,5 +605,5 @@ def head_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     """
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
     with replaced_forward(decoder.body, lambda *_, **__: _BodyOutput(last_hidden_state=hidden)):
-        logits: Tensor = decoder.model(input_ids=tokens, use_cache=False).logits
-    return logits.float()
+        logits: Tensor | None = decoder.model(input_ids=tokens, use_cache=False).logits
+    return torch.empty(0) if logits is None else logits.float()

@@ -142,13 +142,23 @@ def _folder(folder: Path, name: str, own_code: bool) -> ModelFiles:
     return files
 
 
-def _holds_language_model(config: Mapping[str, Any]) -> bool:
-    """Return whether a model that reads more than text is one of which transformers makes a causal language model."""
-    if "text_config" not in config or not str((config.get("architectures") or [""])[0]).endswith(READS_MORE):
-        return False
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def loader_of(config: Mapping[str, Any]) -> str:
+    """Return the name of what in transformers makes the language model of a `config.json`; empty when nothing does.
 
-    return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    A causal language model where it knows one of that type, also as a part of a model that reads images; else, of such
+    a model, the whole.
+    """
+    names = config.get("architectures") or []
+    if any("CausalLM" in name or "LMHead" in name for name in names):
+        return "AutoModelForCausalLM"
+    if "text_config" not in config or not names or not names[0].endswith(READS_MORE):
+        return ""
+    from transformers.models.auto import modeling_auto as known
+
+    if config.get("model_type") in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "AutoModelForCausalLM"
+    whole = config.get("model_type") in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return "AutoModelForImageTextToText" if whole else ""
 
 
 def left_out(config: Mapping[str, Any], loaded: str) -> str:
@@ -170,12 +180,11 @@ def left_out(config: Mapping[str, Any], loaded: str) -> str:
 def _check_decoder(files: ModelFiles) -> None:
     config = files.config()
     names = config.get("architectures") or []
-    is_decoder = any("CausalLM" in name or "LMHead" in name for name in names) or _holds_language_model(config)
-    if config.get("is_encoder_decoder") or not is_decoder:
+    if config.get("is_encoder_decoder") or not loader_of(config):
         raise InputError(
             f"model.source {files.folder} is a {names[0] if names else 'model without an architecture'}, "
             "not a decoder; covercal quantises causal language models (an architecture that ends in ForCausalLM, or "
-            "one that reads images, too, of which transformers makes a causal language model)."
+            "one that reads images, too)."
         )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -21,7 +22,12 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from covercal.errors import InputError
-from covercal.model_files import weight_files
+from covercal.model_files import loader_of, weight_files
+
+
+def loader_for(config: PreTrainedConfig) -> Any:
+    """Return the class of transformers that makes a configuration's language model: see `loader_of`."""
+    return getattr(transformers, loader_of(config.to_dict()) or "AutoModelForCausalLM")
 
 
 def body_of(model: PreTrainedModel, blocks_path: str) -> nn.Module:
@@ -36,7 +42,7 @@ def empty_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) ->
     """Return the model of a folder's configuration, without weights (on the meta device) but with computed buffers."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = loader_for(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval().requires_grad_(False)

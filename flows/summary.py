@@ -1,5 +1,6 @@
 """What a run found, as one JSON object and as the table that people read."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from covercal.model_files import loader_of
 from covercal.recipe import Recipe, short_names
 from flows.chain import Chain
 from flows.execution import WORST_FIRST, Event, Failed
@@ -81,6 +83,7 @@ def quantization_summary(recipe: Recipe, chain: Chain, store: ArtifactStore) -> 
         "format": manifest.info["format"],
         "why_dense": manifest.info["why_dense"],
         "left_out": manifest.info["left_out"],
+        "loader": loader_of(json.loads((store.path(chain.checkpoint) / "config.json").read_bytes())),
         "notes": manifest.info["notes"],
         "grown_damping": manifest.info["grown_damping"],
         "parameters": manifest.info["parameters"],
@@ -295,7 +298,7 @@ def _with_interval(value: float, error: float | None) -> str:
 def checkpoint_lines(summary: dict[str, Any]) -> list[str]:
     """Return where the checkpoint is, how it is loaded, and what of it is not as one would think."""
     quantization = summary["quantization"]
-    said = ["loads with AutoModelForCausalLM.from_pretrained(that folder)"]
+    said = [f"loads with {quantization['loader']}.from_pretrained(that folder)"]
     if quantization["why_dense"]:
         said.append(f"dense, of the original's size: {quantization['why_dense']}")
     if quantization["left_out"]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from covercal.errors import InputError
-from covercal.model_files import ModelFiles, left_out, locate_model
+from covercal.model_files import ModelFiles, left_out, loader_of, locate_model
 from covercal.recipe import Model
 from tests import tiny
 
@@ -123,12 +123,17 @@ def test_a_model_that_is_no_decoder_is_refused_by_its_architecture(folder: Path,
     assert "ForCausalLM" in said
 
 
-def test_a_model_that_reads_images_too_is_one_when_transformers_makes_a_language_model_of_it(folder: Path) -> None:
-    for kind, name in (("gemma3", "Gemma3ForConditionalGeneration"), ("qwen3_5", "Qwen3_5ForConditionalGeneration")):
+def test_a_model_that_reads_images_too_is_one_when_it_has_a_language_model(folder: Path) -> None:
+    for kind, name, loader in (
+        ("gemma3", "Gemma3ForConditionalGeneration", "AutoModelForCausalLM"),
+        ("qwen3_5", "Qwen3_5ForConditionalGeneration", "AutoModelForCausalLM"),
+        ("llava", "LlavaForConditionalGeneration", "AutoModelForImageTextToText"),
+    ):
         change_config(folder, architectures=[name], model_type=kind, text_config={})
-        assert locate_model(Model(source=str(folder))).folder == folder
-    change_config(folder, architectures=["LlavaForConditionalGeneration"], model_type="llava")
-    assert "is a LlavaForConditionalGeneration, not a decoder" in complaint(folder)
+        found = locate_model(Model(source=str(folder)))
+        assert (found.folder, loader_of(found.config())) == (folder, loader)
+    change_config(folder, architectures=["ClvpForConditionalGeneration"], model_type="clvp")
+    assert "is a ClvpForConditionalGeneration, not a decoder" in complaint(folder)
 
 
 def test_it_is_told_when_only_the_language_model_is_kept() -> None:

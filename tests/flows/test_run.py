@@ -112,15 +112,19 @@ def test_a_first_run_builds_every_stage_and_its_checkpoint_loads(
 
 
 def test_what_a_checkpoint_is_not_is_told_below_its_place() -> None:
-    told = {"why_dense": "salient weights have a grid of their own", "left_out": "of a model that sees [..] only words"}
+    told = {
+        "loader": "AutoModelForImageTextToText",
+        "why_dense": "salient weights have a grid of their own",
+        "left_out": "of a model that sees [..] only words",
+    }
     lines = checkpoint_lines({"checkpoint": "/cache/[a]", "quantization": told})
     assert [Text.from_markup(line).plain.strip() for line in lines] == [
         "Checkpoint   /cache/[a]",
-        "loads with AutoModelForCausalLM.from_pretrained(that folder)",
+        "loads with AutoModelForImageTextToText.from_pretrained(that folder)",
         "dense, of the original's size: salient weights have a grid of their own",
         "of a model that sees [..] only words",
     ]
-    assert len(checkpoint_lines({"checkpoint": "x", "quantization": {"why_dense": "", "left_out": ""}})) == 2
+    assert len(checkpoint_lines({"checkpoint": "x", "quantization": told | {"why_dense": "", "left_out": ""}})) == 2
 
 
 def test_an_unchanged_recipe_hits_everywhere(write_recipe: WriteRecipe, store: ArtifactStore) -> None:
