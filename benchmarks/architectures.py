@@ -1,13 +1,14 @@
-"""Every causal language model of transformers, made tiny with random weights, through the whole chain.
+"""Every causal language model of transformers and every model that reads images, made tiny, through the whole chain.
 
 `python -m benchmarks.architectures [--only TYPE ...] [--output FILE]`
 
-Each is saved, quantised to 8 bits by rounding to nearest, plain GPTQ, the default method and AWQ, read back by
-transformers, and compared with the original: no method may lose much more than rounding to nearest. What covercal
-refuses is told with its sentence; anything else that goes wrong is an error. Some types cannot be made so small.
+With random weights each is saved, quantised to 8 bits by rounding to nearest, plain GPTQ, the default method and AWQ,
+read back by transformers, and compared with the original: no method may lose much more than rounding to nearest. What
+covercal refuses is told with its sentence; anything else that goes wrong is an error. Some cannot be made so small.
 """
 
 import argparse
+import copy
 import json
 import random
 import signal
@@ -21,8 +22,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto import modeling_auto as known
 
 from benchmarks.real_model import report
 from covercal.errors import CovercalError
@@ -73,6 +80,7 @@ PER_LAYER = {
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
 }
 ALL = USUAL | OTHER_NAMES
+ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 SEEING = USUAL | {
     "depth": 2,
     "num_heads": 4,
@@ -93,7 +101,7 @@ SIZES: tuple[dict[str, Any], ...] = (  # tried in this order
     ALL | {"head_dim": 16, "num_key_value_heads": 4},
     ALL | HYBRID,
     USUAL | PER_LAYER,
-    *({"text_config": text, "vision_config": SEEING} for text in (ALL | HYBRID, ALL | PER_LAYER, ALL)),
+    *({"text_config": text, "vision_config": SEEING} for text in (ALL | HYBRID, ALL | PER_LAYER, ALL, USUAL | ROTARY)),
 )
 MAMBA = {"n_groups": 1, "state_size": 8, "ssm_state_size": 8, "mamba_d_state": 8, "mamba_ngroups": 1}
 OWN_SIZES: dict[str, dict[str, Any]] = {  # what is small beside linears in a model must be so in its tiny one, too
@@ -112,6 +120,9 @@ OWN_SIZES: dict[str, dict[str, Any]] = {  # what is small beside linears in a mo
     "mamba2": USUAL | MAMBA | {"hidden_size": 64, "num_heads": 8, "head_dim": 16},
     "recurrent_gemma": USUAL | {"hidden_size": 64, "intermediate_size": 384, "lru_width": 64},
 }
+READING_IMAGES = (
+    known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+)
 METHODS: dict[str, dict[str, Any]] = {  # rounding to nearest is the yardstick of what a model loses at 8 bits
     "rtn": {"method": "rtn", "bits": 8, "group_size": 16},
     "gptq": {"method": "gptq", "bits": 8, "group_size": 16},
@@ -142,15 +153,16 @@ def at_most(seconds: int) -> Iterator[None]:
 
 def tiny_model(kind: str) -> PreTrainedModel | None:
     """Return a small random model of a type; None where none of `SIZES` makes one that runs."""
+    loader = AutoModelForCausalLM if kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
     for sizes in [OWN_SIZES[kind]] if kind in OWN_SIZES else SIZES:
         try:
-            config = AutoConfig.for_model(kind, **sizes)
+            config = AutoConfig.for_model(kind, **copy.deepcopy(sizes))  # some change what they are given
             with torch.device("meta"):
-                empty = AutoModelForCausalLM.from_config(config)
+                empty = loader.from_config(config)
             if sum(parameter.numel() for parameter in empty.parameters()) > MOST_PARAMETERS:
                 continue
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            model = loader.from_config(config, dtype=torch.float32).eval()
             with torch.inference_mode():
                 for parameter in model.parameters():
                     if parameter.ndim >= 2:
@@ -218,7 +230,8 @@ def outcome(kind: str) -> dict[str, Any]:
             found = {each: divergence(folder, settings, store) for each, settings in METHODS.items()}
             return {"outcome": "quantised", **found}
     except CovercalError as refused:
-        return {"outcome": "refused", "sentence": str(refused)}
+        late = "evaluations failed" in str(refused)  # all work was done by then
+        return {"outcome": "error" if late else "refused", "sentence": str(refused)}
     except Exception as error:  # one type must not lose the others; the table says what it was
         return {"outcome": "error", "sentence": f"{type(error).__name__}: {str(error)[:200]}"}
 
@@ -229,7 +242,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     console, found = Console(stderr=True), {}
-    for kind in given.only or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    for kind in given.only or sorted({*known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *READING_IMAGES}):
         found[kind] = outcome(kind)
         console.print(f"{kind}: {found[kind]}", highlight=False, markup=False)
     rows = [

@@ -13,7 +13,12 @@ WEIGHTS = "*.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CONFIGS = ("config.json", "generation_config.json")
-PROCESSOR = ("preprocessor_config.json", "processor_config.json", "chat_template.json")  # of what is no text
+PROCESSOR = (  # of what is no text
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+)
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",

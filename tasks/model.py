@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from covercal.decoder import Decoder
     from covercal.quantization_settings import Dtype
 
-_loaded: dict[tuple[str, str, str, bool], "Decoder"] = {}
+_loaded: dict[tuple[str, str, str, str, bool], "Decoder"] = {}
 _judged: dict[tuple[str, str, str], "Decoder"] = {}
 _loading = threading.Lock()
 
@@ -106,12 +106,12 @@ def _shared_decoder(
 
     quiet_transformers()
     where = pick_device(device)
-    key = (model.weights, dtype, str(where), streamed)
+    folder = model_folder(store, model, imported)
+    key = (model.weights, str(folder), dtype, str(where), streamed)  # blocks are read from the folder later
     with _loading:
         if key not in _loaded:
-            for other in [each for each in _loaded if each[3] == streamed or not each[3]]:
+            for other in [each for each in _loaded if each[-1] == streamed or not each[-1]]:
                 del _loaded[other]  # at most one model is held whole
-            folder = model_folder(store, model, imported)
             trusted = trusts(model, imported)
             _loaded[key] = load_decoder(folder, dtype, where, trust_remote_code=trusted, streamed=streamed)
         return _loaded[key]
