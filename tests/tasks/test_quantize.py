@@ -77,10 +77,17 @@ SEEING = {
         },
         "text_config": tiny.OTHERS["qwen3_next"],
     },
+    "llava": {
+        "vision_config": {
+            **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+            **{"image_size": 28, "patch_size": 14},
+        },
+        "text_config": tiny.ARCHITECTURES["llama"],
+    },
 }
 
 
-@pytest.mark.parametrize(("kind", "whole"), [("gemma3", True), ("qwen3_5", False)])
+@pytest.mark.parametrize(("kind", "whole"), [("gemma3", True), ("qwen3_5", False), ("llava", True)])
 def test_of_a_model_that_reads_images_all_is_kept_or_it_is_told(kind: str, whole: bool, tmp_path: Path) -> None:
     config = AutoConfig.for_model(kind, **SEEING[kind])
     AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
