@@ -176,7 +176,7 @@ class Display:
         seconds = sum(event.seconds for event in row.events)
         took = "" if self.planned else f"   {_clock(seconds)}"
         reason = reason_of(row)
-        return f"  {row.label:<13} {finished_detail(row):<58} {decision_words(row, planned=self.planned)}{took}" + (
+        return f"  {row.label:<15} {finished_detail(row):<56} {decision_words(row, planned=self.planned)}{took}" + (
             f"   ({reason})" if reason else ""
         )
 
