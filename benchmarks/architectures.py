@@ -32,7 +32,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto as known
 
 from benchmarks.real_model import report
-from covercal.errors import CovercalError
+from covercal.errors import CovercalError, EvaluationError
 from covercal.recipe import Recipe, parse_recipe
 from flows.chain import run_chain
 from flows.execution import Direct, Recorder
@@ -151,8 +151,9 @@ def at_most(seconds: int) -> Iterator[None]:
         signal.alarm(0)
 
 
-def tiny_model(kind: str) -> PreTrainedModel | None:
-    """Return a small random model of a type; None where none of `SIZES` makes one that runs."""
+def tiny_model(kind: str) -> PreTrainedModel | str:
+    """Return a small random model of a type; where none of `SIZES` makes one that runs, why the last did not."""
+    why = f"larger than {MOST_PARAMETERS:,} parameters"
     loader = AutoModelForCausalLM if kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
     for sizes in [OWN_SIZES[kind]] if kind in OWN_SIZES else SIZES:
         try:
@@ -170,10 +171,11 @@ def tiny_model(kind: str) -> PreTrainedModel | None:
                 model(input_ids=torch.arange(3, 35)[None], use_cache=False)
         except TooLongError:
             raise
-        except Exception:  # whatever a type has against these sizes: the next ones are tried
+        except Exception as cause:  # whatever a type has against these sizes: the next ones are tried
+            why = f"{type(cause).__name__}: {str(cause)[:200]}"
             continue
         return model
-    return None
+    return why
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -219,8 +221,8 @@ def outcome(kind: str) -> dict[str, Any]:
     try:
         with at_most(SECONDS), tempfile.TemporaryDirectory(prefix="covercal-architectures-") as name:
             model = tiny_model(kind)
-            if model is None:
-                return {"outcome": "not made"}
+            if isinstance(model, str):
+                return {"outcome": "not made", "sentence": model}
             folder = Path(name)
             model.save_pretrained(folder / "model")
             tokenizer().save_pretrained(folder / "model")
@@ -229,9 +231,10 @@ def outcome(kind: str) -> dict[str, Any]:
             store = ArtifactStore(folder / "store")
             found = {each: divergence(folder, settings, store) for each, settings in METHODS.items()}
             return {"outcome": "quantised", **found}
+    except EvaluationError as late:  # all work was done by then
+        return {"outcome": "error", "sentence": str(late)}
     except CovercalError as refused:
-        late = "evaluations failed" in str(refused)  # all work was done by then
-        return {"outcome": "error" if late else "refused", "sentence": str(refused)}
+        return {"outcome": "refused", "sentence": str(refused)}
     except Exception as error:  # one type must not lose the others; the table says what it was
         return {"outcome": "error", "sentence": f"{type(error).__name__}: {str(error)[:200]}"}
 

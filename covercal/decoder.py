@@ -96,6 +96,12 @@ class Decoder:
         """Return the model without its language-model head."""
         return body_of(self.model, self.blocks_path)
 
+    def probed(self) -> "Probe":
+        """Return the probe of a model that was loaded, not described."""
+        if self.probe is None:
+            raise ValueError("the decoder was described, not loaded")
+        return self.probe
+
     def block(self, index: int) -> nn.Module:
         """Return a block with its weights, not to be changed; of a streamed model it is read now."""
         return self.blocks[index] if self.weights is None else self.own_block(index)
@@ -291,11 +297,8 @@ def _check_walk(decoder: Decoder) -> None:
     ):
         logits = decoder.model(input_ids=tokens, use_cache=False).logits
     own = head_logits(decoder, final[-1])
-    if logits is None or own.shape != logits.shape or _apart(own, logits.float()):
-        raise InputError(
-            f"The head of {type(decoder.model).__name__} computes other logits than the model when it is given the "
-            "hidden states that the model gives it; covercal compares models by what their heads make of hidden states."
-        )
+    if own.shape != logits.shape or _apart(own, logits.float()):
+        raise _other_head(decoder)
     hidden, arguments = block_inputs(decoder, tokens)
     for block, each in zip(decoder.blocks, arguments, strict=True):
         hidden = run_block(block, hidden, each)
@@ -305,6 +308,13 @@ def _check_walk(decoder: Decoder) -> None:
 
 def _apart(found: Tensor, expected: Tensor) -> bool:
     return float((found - expected).norm()) > SAME_HIDDEN * float(expected.norm())
+
+
+def _other_head(decoder: Decoder) -> InputError:
+    return InputError(
+        f"The head of {type(decoder.model).__name__} computes other logits than the model when it is given the "
+        "hidden states that the model gives it; covercal compares models by what their heads make of hidden states."
+    )
 
 
 def _not_alone(decoder: Decoder) -> InputError:
@@ -363,7 +373,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
 
 
 def check_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
-    """Raise when much of a block lies outside `nn.Linear`, and would silently stay as it is, or in an earlier block.
+    """Raise when much of a block lies outside `nn.Linear`: it would silently stay as it is.
 
     What is small stays unquantised: routers, and the short convolutions of hybrid models.
 
@@ -372,14 +382,8 @@ def check_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
     InputError
         Naming the block, the module and its class.
     """
-    owners: dict[int, int] = {}
+    _check_own_weights(model, blocks)
     for index, block in enumerate(blocks):
-        for name, module in block.named_modules():
-            if is_linear(module) and owners.setdefault(id(module.weight), index) != index:
-                raise InputError(
-                    f"Block {index} of {type(model).__name__} shares the weights of `{name}` with block "
-                    f"{owners[id(module.weight)]}; covercal quantises every block by itself."
-                )
         outside = [
             (parameter.numel(), f"{name}.{parameter_name}", type(module).__name__, tuple(parameter.shape))
             for name, module in block.named_modules()
@@ -394,6 +398,25 @@ def check_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
                 f"Block {index} of {type(model).__name__} keeps weights in `{name}` ({kind}, shape {shape}); "
                 "covercal quantises nn.Linear layers only."
             )
+
+
+def _check_own_weights(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
+    """Raise when two blocks share what is quantised: each would quantise it in its own way, and one would be lost.
+
+    Raises
+    ------
+    InputError
+        Naming the blocks and the module.
+    """
+    owners: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for name, module in block.named_modules():
+            for parameter in module.parameters(recurse=False) if is_linear(module) or is_fused(module) else ():
+                if owners.setdefault(id(parameter), index) != index:
+                    raise InputError(
+                        f"Block {index} of {type(model).__name__} shares the weights of `{name}` with block "
+                        f"{owners[id(parameter)]}; covercal quantises every block by itself."
+                    )
 
 
 def check_sites(model: PreTrainedModel, index: int, block: nn.Module, sites: Sequence[Site]) -> None:
@@ -606,4 +629,6 @@ def head_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
     with replaced_forward(decoder.body, lambda *_, **__: _BodyOutput(last_hidden_state=hidden)):
         logits: Tensor | None = decoder.model(input_ids=tokens, use_cache=False).logits
-    return torch.empty(0) if logits is None else logits.float()
+    if logits is None:  # of a model that calls all of itself its body
+        raise _other_head(decoder)
+    return logits.float()

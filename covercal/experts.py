@@ -14,7 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from covercal.errors import InputError
 
-TAKES = ("self", "hidden_states", "top_k_index", "top_k_weights")  # the last two by other names in some models
+TAKES = 4  # self, hidden states, which experts, with what weights: names differ
 DEFAULT_GATING = "transformers.integrations.moe"
 FEWEST_CHANNELS = 9
 PROBED_TOKENS = 3
@@ -211,18 +211,16 @@ def layout_of(module: nn.Module) -> Layout | None:
         not getattr(module, "is_concatenated", True),
         "down_proj_bias" in parameters,
     )
-    if set(parameters) != layout.parameters or len(inspect.signature(type(module).forward).parameters) != len(TAKES):
+    if set(parameters) != layout.parameters or len(inspect.signature(type(module).forward).parameters) != TAKES:
         return None
     if not callable(getattr(module, "act_fn", None)) and not has_own_gating(module):
         return None
-    if parameters["down_proj"].ndim != 3:
+    weights = {name: each for name, each in parameters.items() if not name.endswith("_bias")}
+    if any(each.ndim != 3 for each in weights.values()):
         return None
-    down = layout.apart("down_proj", parameters["down_proj"])["down_proj.weight"]
-    experts, width, inner = down.shape
-    first = "gate_up_proj" if layout.gated else "up_proj"
-    expected = (experts, 2 * inner if layout.gated else inner, width)
-    found = parameters[first].mT if layout.transposed and parameters[first].ndim == 3 else parameters[first]
-    return layout if found.shape == expected else None
+    shapes = {part: each.shape for name in weights for part, each in layout.apart(name, weights[name]).items()}
+    experts, width, inner = shapes.pop("down_proj.weight")
+    return layout if set(shapes.values()) == {(experts, inner, width)} else None
 
 
 def has_own_gating(module: nn.Module) -> bool:

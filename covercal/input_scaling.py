@@ -93,9 +93,7 @@ def _folds(decoder: Decoder, block: nn.Module, sites: Sequence[Site]) -> dict[in
 
     An expert is tried by itself: a few tokens do not reach all of them, and what is outside is read by others, too.
     """
-    probe, index = decoder.probe, sites[0].block
-    if probe is None:
-        raise ValueError("the decoder was described, not loaded")
+    probe, index = decoder.probed(), sites[0].block
     wide = copy.deepcopy(block).float()
     generator = torch.Generator().manual_seed(index)
     given = probe.arguments[index]

@@ -235,9 +235,7 @@ def _where(finished: int, blocks: int) -> str:
 
 
 def _hidden_bytes(decoder: "Decoder", sequences: Sequence[npt.NDArray[np.int32]]) -> int:
-    if decoder.probe is None:
-        raise ValueError("the decoder was described, not loaded")
-    return sum(s.size for s in sequences) * decoder.probe.most * int(decoder.model.dtype.itemsize)
+    return sum(s.size for s in sequences) * decoder.probed().most * int(decoder.model.dtype.itemsize)
 
 
 def _write_part(folder: Path, writer: "CheckpointWriter", block: "QuantizedBlock") -> None:

@@ -303,6 +303,22 @@ def test_a_model_whose_blocks_share_a_linear_is_refused() -> None:
         make_decoder(model)
 
 
+def test_a_model_whose_blocks_share_their_experts_is_refused() -> None:
+    model = tiny_model("mixtral")
+    model.model.layers[1].mlp.experts = model.model.layers[0].mlp.experts
+    with pytest.raises(
+        InputError, match=r"^Block 1 of MixtralForCausalLM shares the weights of `mlp.experts` with bloc"
+    ):
+        make_decoder(model)
+
+
+def test_a_model_that_calls_all_of_itself_its_body_is_refused() -> None:
+    model = tiny_model("llama")
+    model.get_decoder = lambda: model
+    with pytest.raises(InputError, match=r"^The head of LlamaForCausalLM computes other logits than the model"):
+        make_decoder(model)
+
+
 def test_reading_block_inputs_runs_no_block() -> None:
     decoder = make_decoder(tiny_model())
     ran: list[int] = []

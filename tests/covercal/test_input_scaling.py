@@ -563,3 +563,25 @@ def test_what_a_scale_was_folded_into_is_with_the_rest_of_the_block(architecture
     place = PLACES[architecture][0][1]
     name = f"{decoder.blocks_path}.0.{place}.weight"
     assert not torch.equal(block.others[name], decoder.model.get_parameter(name))
+
+
+class GroupedBlock(nn.Module):
+    """A block with a linear that computes in two groups of rows, each from inputs of its own."""
+
+    class Grouped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("...gi,goi->...go", x.unflatten(-1, (2, -1)), self.weight.unflatten(0, (2, -1)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = self.Grouped(16, 64, bias=False)
+        self.mixing = nn.Linear(64, 32, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.mixing(self.grouped(hidden).flatten(-2))
+
+
+def test_no_scale_goes_into_a_linear_that_returns_its_outputs_in_groups() -> None:
+    block, hidden = GroupedBlock(), torch.randn(3, 32)
+    site = Site(0, 0, ("mixing",), 64)
+    assert find_folds(block, [site], lambda module: module(hidden).detach(), 16) == {}
