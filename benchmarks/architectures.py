@@ -104,20 +104,71 @@ SIZES: tuple[dict[str, Any], ...] = (  # tried in this order
     *({"text_config": text, "vision_config": SEEING} for text in (ALL | HYBRID, ALL | PER_LAYER, ALL, USUAL | ROTARY)),
 )
 MAMBA = {"n_groups": 1, "state_size": 8, "ssm_state_size": 8, "mamba_d_state": 8, "mamba_ngroups": 1}
+_ONE_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_LATENT = NO_HEAD_SIZE | {"num_key_value_heads": 4}
 OWN_SIZES: dict[str, dict[str, Any]] = {  # what is small beside linears in a model must be so in its tiny one, too
-    "nemotron_h": USUAL
-    | MAMBA
-    | {"hidden_size": 64, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 16}
-    | {"layers_block_type": ["mamba", "attention", "moe"], "n_routed_experts": 4, "moe_intermediate_size": 64}
-    | {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_shared_expert_intermediate_size": 64},
+    "cohere_compass": {
+        "text_config": ALL
+        | {"rope_parameters": {"full_attention": _ONE_ROPE, "sliding_attention": ROTARY["rope_parameters"]}},
+        "vision_config": SEEING,
+    },
+    "cohere_compass_text": ALL | {"rope_parameters": {"full_attention": _ONE_ROPE, "sliding_attention": _ONE_ROPE}},
+    "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 512, "vocab_size": VOCABULARY}
+    | {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}}
+    | {"ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
+    "ernie4_5_vl_moe": {
+        "text_config": ALL
+        | {"head_dim": 16, "moe_intermediate_size": [64, 32]}
+        | {"rope_parameters": _ONE_ROPE | {"mrope_section": [3, 3, 2]}},
+        "vision_config": SEEING,
+    },
+    "exaone4_5": {"text_config": ALL | {"model_type": "exaone4"}, "vision_config": SEEING},
+    "falcon_mamba": USUAL | MAMBA | {"hidden_size": 256, "time_step_rank": 16},
+    "gemma4_unified": {
+        "text_config": ALL | PER_LAYER,
+        "vision_config": {"mm_embed_dim": 32, "output_proj_dims": 32},
+    },
+    "glm4v_moe": {
+        "text_config": ALL
+        | {"rope_parameters": _ONE_ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
+        "vision_config": SEEING,
+    },
+    "glm5_next": {
+        "text_config": _LATENT
+        | {"hidden_size": 384, "intermediate_size": 1536, "moe_intermediate_size": 512, "head_dim": 0}
+        | {"qk_nope_head_dim": 64, "qk_rope_head_dim": 0, "v_head_dim": 64, "q_lora_rank": 128, "kv_lora_rank": 128}
+        | {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 32, "index_kpool": 4}
+        | {"linear_head_dim": 64, "linear_num_heads": 8, "mlp_layer_types": ["dense", "sparse", "sparse"]}
+        | {"layer_types": ["linear_attention", "indexed_attention", "linear_attention"]},
+        "vision_config": SEEING | {"out_hidden_size": 384, "projection_intermediate_size": 64},
+    },
     "hy_v4": ALL | {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128},
     "jamba": USUAL
     | MAMBA
     | {"hidden_size": 128, "intermediate_size": 256, "mamba_dt_rank": 8, "num_experts": 4}
     | {"attn_layer_period": 3, "attn_layer_offset": 1, "use_mamba_kernels": False},
-    "mamba": USUAL | MAMBA | {"hidden_size": 256},
-    "falcon_mamba": USUAL | MAMBA | {"hidden_size": 256},
+    "kimi_k25": {
+        "text_config": _LATENT,
+        "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    },
+    "llama4_text": ALL
+    | {"intermediate_size_mlp": 64, "moe_layers": [1, 2], "no_rope_layers": [1, 1, 0], "attention_chunk_size": 8},
+    "mamba": USUAL | MAMBA | {"hidden_size": 256, "time_step_rank": 16},
     "mamba2": USUAL | MAMBA | {"hidden_size": 64, "num_heads": 8, "head_dim": 16},
+    "mistral4": _LATENT | {"first_k_dense_replace": 0},
+    "mistral_large4": {"text_config": _LATENT, "vision_config": SEEING},
+    "molmo2": {
+        "text_config": ALL | {"additional_vocab_size": 8},
+        "vision_config": SEEING
+        | {"image_size": [28, 28], "num_position_embeddings": 5, "num_key_value_heads": 4, "head_dim": 8},
+        "adapter_config": {"hidden_size": 32, "intermediate_size": 64, "text_hidden_size": 32, "head_dim": 8}
+        | {"num_attention_heads": 4, "num_key_value_heads": 4, "vision_feature_layer": [-1]},
+    },
+    "nemotron_h": USUAL
+    | MAMBA
+    | {"hidden_size": 64, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 16}
+    | {"layers_block_type": ["mamba", "attention", "moe"], "n_routed_experts": 4, "moe_intermediate_size": 64}
+    | {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_shared_expert_intermediate_size": 64},
     "recurrent_gemma": USUAL | {"hidden_size": 64, "intermediate_size": 384, "lru_width": 64},
 }
 READING_IMAGES = (

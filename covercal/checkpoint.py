@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from covercal.decoder import DTYPES, Decoder, stays_wide
 from covercal.errors import QuantizationError
@@ -37,6 +39,8 @@ def checkpoint_format(settings: Quantization, model: PreTrainedModel) -> tuple[F
         return "dense", "salient weights have a grid of their own, which no packed format has"
     if settings.activations.kind != "none":
         return "int-quantized", ""
+    if takes_apart(model):
+        return "dense", "transformers reads no packed weights of a model whose files keep several linears in one"
     if has_experts(model) and not settings.symmetric:
         return "dense", "transformers reads packed experts on symmetric grids only"
     if has_experts(model) and keeps_together(model, checkpoint_names(model)):
@@ -51,14 +55,35 @@ def checkpoint_format(settings: Quantization, model: PreTrainedModel) -> tuple[F
     return "pack-quantized", ""
 
 
+def takes_apart(model: PreTrainedModel) -> bool:
+    """Return whether transformers makes several weights of one in files, which it cannot with quantised ones beside.
+
+    Its converters then read many tensors (codes, scales) and make many, which most of their operations refuse.
+    """
+    return any(
+        len(converter.target_patterns) > 1
+        and all(source.endswith(".weight") for source in converter.source_patterns)
+        and not any(operation.supports_many_to_many for operation in converter.operations)
+        for converter in get_model_conversion_mapping(model, add_legacy=False)
+        if isinstance(converter, WeightConverter)
+    )
+
+
 def check_format(settings: Quantization, model: PreTrainedModel) -> None:
     """Raise when no format that transformers reads can hold what the settings make of a model.
 
     Raises
     ------
     QuantizationError
-        For quantised activations of a model with experts, and dynamic ones of a model whose linears read matrices.
+        For quantised activations of a model with experts, or that `takes_apart` what files hold, and dynamic ones of a
+        model whose linears read matrices.
     """
+    if settings.activations.kind != "none" and takes_apart(model):
+        raise QuantizationError(
+            f"quantization.activations: {settings.activations.kind} cannot be kept for a model of type "
+            f"{model.config.model_type}: transformers reads no quantised weights of a type of model whose files keep "
+            "several linears in one; use activations: none."
+        )
     if settings.activations.kind != "none" and has_experts(model):
         raise QuantizationError(
             f"quantization.activations: {settings.activations.kind} cannot be kept for a model with experts: "
@@ -90,15 +115,14 @@ class CheckpointWriter:
     format: Format = field(init=False)
     why_dense: str = field(init=False)
     _names: dict[str, str] = field(init=False)
-    _skeleton: PreTrainedModel | None = field(init=False)  # only where experts are kept together
+    _skeleton: PreTrainedModel | None = field(init=False)  # only of a model with experts
     _stays_wide: Callable[[str], bool] = field(init=False)
 
     def __post_init__(self) -> None:
         self.format, self.why_dense = checkpoint_format(self.settings, self.decoder.model)
         self._names = checkpoint_names(self.decoder.model)
         self._stays_wide = stays_wide(self.decoder.model, self.storage_dtype)
-        together = keeps_together(self.decoder.model, self._names)
-        self._skeleton = skeleton_of(self.decoder.model) if together else None
+        self._skeleton = skeleton_of(self.decoder.model) if has_experts(self.decoder.model) else None
 
     def shard_name(self, index: int) -> str:
         """Return the file name of a block's shard; one more follows the last block."""
@@ -106,10 +130,13 @@ class CheckpointWriter:
 
     def write_block(self, block: QuantizedBlock, folder: Path) -> None:
         """Write the shard of one block into `folder`."""
-        tensors = dict(block.others)
+        tensors, codes = dict(block.others), dict[str, Tensor]()
         for linear in block.linears:
-            tensors.update(self._linear_tensors(linear))
-        self._save(tensors, folder / self.shard_name(block.index))
+            if self.format == "dense":
+                tensors[f"{linear.name}.weight"] = dequantized(linear, DTYPES[self.storage_dtype])
+            else:
+                codes |= self._coded(linear)
+        self._save(tensors, codes, folder / self.shard_name(block.index))
 
     def finish(self, folder: Path, quantized: Iterable[str], record: Mapping[str, Any]) -> None:
         """Write all that is not in a block, the index, the configuration and `covercal.json`.
@@ -124,7 +151,7 @@ class CheckpointWriter:
             How the checkpoint came to be.
         """
         with self.decoder.around(head=True):
-            self._save(self._around(), folder / self.shard_name(len(self.decoder.blocks)))
+            self._save(self._around(), {}, folder / self.shard_name(len(self.decoder.blocks)))
         places: dict[str, str] = {}
         total = 0
         for index in range(len(self.decoder.blocks) + 1):
@@ -136,12 +163,11 @@ class CheckpointWriter:
         self._write_config(folder, set(quantized))
         _write_json(folder / RECORD, {**record, "format": self.format, "why_dense": self.why_dense})
 
-    def _linear_tensors(self, linear: QuantizedLinear) -> dict[str, Tensor]:
-        if self.format == "dense":
-            return {f"{linear.name}.weight": dequantized(linear, DTYPES[self.storage_dtype])}
-        if self.format == "int-quantized":
-            return integer_tensors(linear, self.settings)
-        return packed_tensors(linear, self.settings)
+    def _coded(self, linear: QuantizedLinear) -> dict[str, Tensor]:
+        """Return what takes the place of a linear's weight, by names in a checkpoint."""
+        weight = self._names.get(f"{linear.name}.weight", f"{linear.name}.weight")
+        make = integer_tensors if self.format == "int-quantized" else packed_tensors
+        return make(replace(linear, name=weight.removesuffix(".weight")), self.settings)
 
     def _around(self) -> dict[str, Tensor]:
         """Return the state outside the blocks by name, without names that are tied to an earlier one."""
@@ -157,25 +183,19 @@ class CheckpointWriter:
                 kept[name] = tensor
         return kept
 
-    def _save(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+    def _save(self, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor], path: Path) -> None:
+        """Write tensors by their names in the model, and codes by theirs in a checkpoint."""
+        stored = {name: self._in_storage_dtype(name, each) for name, each in tensors.items()}
         if self._skeleton is not None:
-            stored = {n: self._stored(n, each) for n, each in put_together(self._skeleton, tensors).items()}
-        else:
-            stored = {self._stored_name(n): self._stored(n, each) for n, each in tensors.items()}
-        save_file(dict(sorted(stored.items())), path, {"format": "pt"})
+            stored = put_together(self._skeleton, stored)
+        stored |= {name: self._in_storage_dtype(name, each) for name, each in codes.items()}
+        alone = {name: each.detach().cpu().contiguous().clone() for name, each in sorted(stored.items())}
+        save_file(alone, path, {"format": "pt"})
 
-    def _stored_name(self, name: str) -> str:
-        """Return the name of a tensor in a checkpoint: experts are not named there as they are in the model."""
-        module, _, last = name.rpartition(".")
-        if name in self._names:
-            return self._names[name]
-        weight = self._names.get(f"{module}.weight")  # of which a packed linear's tensors take the place
-        return name if weight is None else f"{weight.removesuffix('weight')}{last}"
-
-    def _stored(self, name: str, tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point():
-            tensor = tensor.to(torch.float32 if self._stays_wide(name) else DTYPES[self.storage_dtype])
-        return tensor.detach().cpu().contiguous().clone()
+    def _in_storage_dtype(self, name: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.to(torch.float32 if self._stays_wide(name) else DTYPES[self.storage_dtype])
 
     def _write_config(self, folder: Path, quantized: set[str]) -> None:
         model = self.decoder.model

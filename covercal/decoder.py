@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -130,6 +131,12 @@ class Decoder:
             shapes = {n: (m.out_features, m.in_features) for n, m in _linears(block)}
             found |= {f"{self.blocks_path}.{index}.{name}": shape for name, shape in shapes.items()}
         return found
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Return the names of the linears in the blocks that no text reads: they stay as they are."""
+        read = {self.full_name(site, name) for site in self.sites for name in site.linears}
+        return tuple(name for name in self.linear_shapes if name not in read)
 
     def linear(self, site: Site, name: str) -> nn.Linear:
         """Return a linear of a site, of a model that is loaded whole."""
@@ -420,20 +427,28 @@ def _check_own_weights(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> N
 
 
 def check_sites(model: PreTrainedModel, index: int, block: nn.Module, sites: Sequence[Site]) -> None:
-    """Raise when a linear of a block reads no input or more than one, and so has no Gram matrix of its own.
+    """Raise when a linear of a block reads more than one input, and so has no Gram matrix of its own.
+
+    One that no text reads stays as it is: one whose weight the block takes without calling it (Mamba), or one for
+    images. Of a model that reads text alone these are small, as in `check_blocks`.
 
     Raises
     ------
     InputError
         Naming the block and the linear.
     """
-    read = [name for site in sites for name in site.linears]
-    for name, module in block.named_modules():
-        if is_linear(module) and read.count(name) != 1:
-            raise InputError(
-                f"Block {index} of {type(model).__name__} reads {read.count(name)} inputs with `{name}` in a text "
-                f"of {PROBE_TOKENS} tokens; covercal quantises linears that read exactly one."
-            )
+    read = Counter(name for site in sites for name in site.linears)
+    sizes = {name: module.weight.numel() for name, module in block.named_modules() if is_linear(module)}
+    unread = sorted((name for name in sizes if not read[name]), key=sizes.__getitem__)
+    text_only = model.config.get_text_config() is model.config
+    refused = [name for name in sizes if read[name] > 1]
+    if text_only and sum(map(sizes.__getitem__, unread)) > SMALL_SHARE * sum(map(sizes.__getitem__, read)):
+        refused.append(unread[-1])
+    if refused:
+        raise InputError(
+            f"Block {index} of {type(model).__name__} reads {read[refused[0]]} inputs with `{refused[0]}` in a text "
+            f"of {PROBE_TOKENS} tokens; covercal quantises linears that read exactly one."
+        )
 
 
 def _check_rows(model: PreTrainedModel, index: int, name: str, read: Tensor) -> None:

@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from covercal.errors import InputError
 
 TAKES = 4  # self, hidden states, which experts, with what weights: names differ
+TAKES_SORTED = 2  # self, hidden states
 DEFAULT_GATING = "transformers.integrations.moe"
 FEWEST_CHANNELS = 9
 PROBED_TOKENS = 3
@@ -35,12 +36,15 @@ class Layout:
         Whether outputs of gate and up take turns; else all of the gate come first.
     biased
         Whether linears have biases, (experts, outputs).
+    sorted
+        Whether the module reads every token once for each expert, zeros where the expert was not chosen (Llama 4).
     """
 
     gated: bool = True
     transposed: bool = False
     interleaved: bool = False
     biased: bool = False
+    sorted: bool = False
 
     @property
     def parameters(self) -> set[str]:
@@ -155,6 +159,10 @@ class Experts(nn.ModuleList):
 
     probed = False
 
+
+class ChosenExperts(Experts):
+    """Experts that are told which tokens are theirs, and how much their outputs count."""
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of the chosen experts' outputs, (tokens, width).
 
@@ -177,6 +185,30 @@ class Experts(nn.ModuleList):
             output = expert(hidden_states[tokens]) * top_k_weights[tokens, place, None]
             total.index_add_(0, tokens, output.to(total.dtype))
         return total
+
+
+class SortedExperts(Experts):
+    """Experts that are given all tokens one after the other, weighted, and zeros in place of those of others."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return every expert's outputs, zeros where it was given zeros, (experts x tokens, width).
+
+        Parameters
+        ----------
+        hidden_states
+            (experts x tokens, width): those of the first expert, of the second, and so on.
+        """
+        given = hidden_states.view(len(self), -1, hidden_states.shape[-1])
+        total = torch.zeros_like(given)
+        for number, expert in enumerate(self):
+            if self.probed:
+                tokens = torch.arange(given.shape[1], device=given.device)
+                expert(given[given.abs().sum(dim=2).argmax(dim=0), tokens])  # what the expert of each token reads
+                continue
+            expert.tokens = tokens = given[number].any(dim=1).nonzero().flatten()
+            if tokens.numel():
+                total[number, tokens] = expert(given[number, tokens]).to(total.dtype)
+        return total.view_as(hidden_states)
 
 
 @contextmanager
@@ -205,13 +237,15 @@ def linear_with(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 def layout_of(module: nn.Module) -> Layout | None:
     """Return how a module holds fused experts; None where it is no such module, or holds them in another way."""
     parameters = dict(module.named_parameters(recurse=False))
+    takes = len(inspect.signature(type(module).forward).parameters)
     layout = Layout(
         "gate_up_proj" in parameters,
-        bool(getattr(module, "is_transposed", False)),
+        bool(getattr(module, "is_transposed", takes == TAKES_SORTED)),
         not getattr(module, "is_concatenated", True),
         "down_proj_bias" in parameters,
+        takes == TAKES_SORTED,
     )
-    if set(parameters) != layout.parameters or len(inspect.signature(type(module).forward).parameters) != TAKES:
+    if set(parameters) != layout.parameters or takes not in (TAKES, TAKES_SORTED) or (layout.sorted and layout.biased):
         return None
     if not callable(getattr(module, "act_fn", None)) and not has_own_gating(module):
         return None
@@ -271,13 +305,14 @@ def unfused(module: nn.Module) -> Experts:
         bare._parameters = {}
         gating = Gating(bare, layout)
     activation: Any = getattr(module, "act_fn", None)
-    experts = Experts(
+    kind = SortedExperts if layout.sorted else ChosenExperts
+    experts = kind(
         Expert({name: part[number] for name, part in parts.items()}, activation, gating)
         for number in range(len(parts["down_proj.weight"]))
     ).eval()
     down = parts["down_proj.weight"]
     if not down.is_meta:
-        _check_same(module, experts, down)
+        _check_same(module, experts, layout, down)
     return experts
 
 
@@ -304,7 +339,8 @@ def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
     """Return what the tensors of a model with experts are called in its checkpoints, by their name here.
 
     The names are found by letting transformers turn a state whose numbers tell where they come from back into
-    a checkpoint's. Empty for a model without experts: its names are the same.
+    a checkpoint's. What checkpoints keep with others in one tensor has no name. Empty for a model without experts: its
+    names are the same.
     """
     if not has_experts(model):
         return {}
@@ -312,9 +348,9 @@ def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
     state, origins = _marked_state(skeleton)
     names = {}
     for name, tensor in revert_weight_conversion(skeleton, state).items():
-        value = int(tensor.reshape(-1)[0]) if tensor.numel() else -1
-        if value in origins:
-            names[origins[value]] = name
+        origin, size = origins.get(int(tensor.reshape(-1)[0]), ("", 0)) if tensor.numel() else ("", 0)
+        if origin and tensor.numel() == size:
+            names[origin] = name
     return names
 
 
@@ -360,12 +396,12 @@ def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
         return type(model)(model.config)
 
 
-def _marked_state(skeleton: nn.Module) -> tuple[dict[str, Tensor], dict[int, str]]:
-    """Return a state full of numbers, one for each of its parts that a checkpoint may tell apart, and the parts."""
-    origins: dict[int, str] = {}
+def _marked_state(skeleton: nn.Module) -> tuple[dict[str, Tensor], dict[int, tuple[str, int]]]:
+    """Return a state full of numbers, one for each of its parts that a checkpoint may tell apart, and their names."""
+    origins: dict[int, tuple[str, int]] = {}
 
-    def mark(name: str) -> float:
-        origins[len(origins)] = name
+    def mark(name: str, size: int) -> float:
+        origins[len(origins)] = (name, size)
         return float(len(origins) - 1)
 
     layouts = {name: layout_of(module) for name, module in skeleton.named_modules()}
@@ -374,11 +410,12 @@ def _marked_state(skeleton: nn.Module) -> tuple[dict[str, Tensor], dict[int, str
         module, _, last = name.rpartition(".")
         layout = layouts[module]
         if layout is None:
-            state[name] = torch.full((1,) * tensor.ndim, mark(name)).expand(tensor.shape)
+            state[name] = torch.full((1,) * tensor.ndim, mark(name, tensor.numel())).expand(tensor.shape)
             continue
         parts = []
         for part, empty in layout.apart(last, tensor).items():
-            marks = torch.tensor([mark(f"{module}.{number}.{part}") for number in range(len(tensor))])
+            size = empty[0].numel()
+            marks = torch.tensor([mark(f"{module}.{number}.{part}", size) for number in range(len(tensor))])
             rows = marks.reshape(-1, *[1] * (tensor.ndim - 1)).expand(-1, empty.shape[1], *[1] * (tensor.ndim - 2))
             parts.append(rows)
         state[name] = layout.together(parts, bias=tensor.ndim == 2).expand(tensor.shape)
@@ -386,23 +423,32 @@ def _marked_state(skeleton: nn.Module) -> tuple[dict[str, Tensor], dict[int, str
 
 
 @torch.inference_mode()
-def _check_same(fused: nn.Module, experts: Experts, down: Tensor) -> None:
-    count, width = down.shape[0], down.shape[1]
-    chosen = min(2, count)
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn((PROBED_TOKENS, width), generator=generator).to(down.device, down.dtype)
-    index = torch.stack([torch.randperm(count, generator=generator)[:chosen] for _ in range(PROBED_TOKENS)])
-    weights = torch.rand((PROBED_TOKENS, chosen), generator=generator).to(down.device, down.dtype)
+def _check_same(fused: nn.Module, experts: Experts, layout: Layout, down: Tensor) -> None:
+    inputs = _random_inputs(layout, down)
     refused = InputError(
         f"The experts of {type(fused).__name__} are not gated in the usual way (activation(gate) * up); "
         "covercal cannot take them apart into linears."
     )
-    expected = fused(hidden, index.to(down.device), weights).float()
+    expected = fused(*inputs).float()
     try:
-        found = experts(hidden, index.to(down.device), weights).float()
+        found = experts(*inputs).float()
     except TypeError as cause:  # an activation of gate and up together
         raise refused from cause
     scale = float(expected.abs().max())
     precision = TOLERANCE if down.dtype == torch.float32 else 30 * TOLERANCE
     if float((found - expected).abs().max()) > precision * max(scale, torch.finfo(torch.float32).tiny):
         raise refused
+
+
+def _random_inputs(layout: Layout, down: Tensor) -> tuple[Tensor, ...]:
+    """Return what a module of fused experts may be given, some tokens, each for at most two experts."""
+    count, width = down.shape[0], down.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn((PROBED_TOKENS, width), generator=generator).to(down.device, down.dtype)
+    chosen = [torch.randperm(count, generator=generator)[: min(2, count)] for _ in range(PROBED_TOKENS)]
+    index = torch.stack(chosen).to(down.device)
+    weights = torch.rand(index.shape, generator=generator).to(down.device, down.dtype)
+    if not layout.sorted:
+        return hidden, index, weights
+    scores = torch.zeros((PROBED_TOKENS, count), dtype=down.dtype, device=down.device).scatter_(1, index, weights)
+    return ((scores.T[..., None] * hidden).reshape(-1, width),)

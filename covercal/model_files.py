@@ -1,7 +1,7 @@
 """Where a model's files are, without loading it: hub id, folder or GGUF file -> paths. Imports no torch."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,17 +153,21 @@ def loader_of(config: Mapping[str, Any]) -> str:
     A causal language model where it knows one of that type, also as a part of a model that reads images; else, of such
     a model, the whole.
     """
-    names = config.get("architectures") or []
-    if any("CausalLM" in name or "LMHead" in name for name in names):
-        return "AutoModelForCausalLM"
-    if "text_config" not in config or not names or not names[0].endswith(READS_MORE):
+    names, kind = config.get("architectures") or [], config.get("model_type")
+    causal = _is_causal(names)
+    if not causal and ("text_config" not in config or not names or not names[0].endswith(READS_MORE)):
         return ""
     from transformers.models.auto import modeling_auto as known
 
-    if config.get("model_type") in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "AutoModelForCausalLM"
-    whole = config.get("model_type") in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return "AutoModelForImageTextToText" if whole else ""
+    if kind in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:  # some text models, too: Mistral 4
+        return "AutoModelForImageTextToText"
+    return "AutoModelForCausalLM" if causal else ""
+
+
+def _is_causal(names: Sequence[str]) -> bool:
+    return any("CausalLM" in name or "LMHead" in name for name in names)
 
 
 def left_out(config: Mapping[str, Any], loaded: str) -> str:
@@ -185,7 +189,7 @@ def left_out(config: Mapping[str, Any], loaded: str) -> str:
 def _check_decoder(files: ModelFiles) -> None:
     config = files.config()
     names = config.get("architectures") or []
-    if config.get("is_encoder_decoder") or not loader_of(config):
+    if config.get("is_encoder_decoder") or not (_is_causal(names) or loader_of(config)):  # which imports torch
         raise InputError(
             f"model.source {files.folder} is a {names[0] if names else 'model without an architecture'}, "
             "not a decoder; covercal quantises causal language models (an architecture that ends in ForCausalLM, or "

@@ -34,8 +34,9 @@ def body_of(model: PreTrainedModel, blocks_path: str) -> nn.Module:
     """Return a model without its language-model head."""
     body: nn.Module = model.get_decoder()
     blocks = model.get_submodule(blocks_path)
-    holds_blocks = any(module is blocks for module in body.modules())
-    return body if holds_blocks else model.base_model  # some models call their head the decoder
+    if all(module is not blocks for module in body.modules()):  # some models call their head the decoder
+        body = model.base_model
+    return body if body is not model else model.get_submodule(blocks_path.rpartition(".")[0])  # Llama 4
 
 
 def empty_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:

@@ -125,7 +125,7 @@ def _with_tokenizer(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 @cached(
     "checkpoint",
-    version=11,
+    version=12,
     ignored=("imported", "pool", "device"),
     names={"dtype": "model.dtype"},
     keyed=_with_tokenizer,
@@ -169,13 +169,14 @@ def quantize_model(
     source = model_folder(build.store, model, imported)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     missing = left_out(config, type(decoder.model).__name__)
+    not_quantized = " ".join(filter(None, (missing, _unread(decoder))))
     record = {
         "covercal": covercal.__version__,
         "model": {"name": model.name, "weights_sha256": model.weights, "dtype": dtype},
         "quantization": quantization.model_dump(mode="json"),
         "calibration": {"pool": pool.key if pool is not None else None, "samples": chosen},
         "libraries": library_versions(),
-        "left_out": missing,
+        "left_out": not_quantized,
     }
     writer.finish(build.folder, [r.name for r in reports], record)
     load_tokenizer(build.store, model, imported).save_pretrained(build.folder)
@@ -193,7 +194,7 @@ def quantize_model(
         "average_bits": average_bits(quantization, {r.name: (r.outputs, r.inputs) for r in reports}),
         "format": writer.format,
         "why_dense": writer.why_dense,
-        "left_out": missing,
+        "left_out": not_quantized,
         **({CONTINUED: _where(resumed, len(decoder.blocks))} if resumed else {}),
     }
 
@@ -365,6 +366,14 @@ def _chosen_record(store: ArtifactStore, pool: Ref, calibration: Calibration) ->
         }
         for s in calibration.samples
     ]
+
+
+def _unread(decoder: "Decoder") -> str:
+    """Return which linears stay as they are since no text reads them, in a sentence; empty when all are read."""
+    names = decoder.unread
+    if not names:
+        return ""
+    return f"{len(names)} linears of the blocks that no text reads stay as they are, {names[0]} among them."
 
 
 def _write_linears(build: Build, reports: "list[LinearReport]") -> None:

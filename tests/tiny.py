@@ -125,6 +125,10 @@ OTHERS: dict[str, dict[str, Any]] = {  # each with something that the ones above
     "phimoe": _SHAPE | _EXPERTS,
     "gpt_oss": _SHAPE | _EXPERTS | {"layer_types": ["full_attention"] * BLOCKS},
     "minimax_m3_vl_text": _SHAPE | _EXPERTS,
+    "llama4_text": _SHAPE
+    | _EXPERTS
+    | {"intermediate_size_mlp": INNER, "moe_layers": [1, 2], "no_rope_layers": [1, 1, 0], "attention_chunk_size": 8},
+    "mamba": _SHAPE | {"hidden_size": 8 * WIDTH, "state_size": 8, "time_step_rank": 16},
     "nemotron_h": _SHAPE
     | _EXPERTS
     | {"n_routed_experts": EXPERTS, "n_group": 1, "topk_group": 1, "moe_shared_expert_intermediate_size": INNER}

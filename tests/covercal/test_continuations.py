@@ -62,7 +62,7 @@ def one_by_one(decoder: Decoder, pairs: list[Pair]) -> list[Answer]:
     return answers
 
 
-RECURRENT = ("rwkv", "qwen3_next", "lfm2_moe", "nemotron_h")
+RECURRENT = ("rwkv", "mamba", "qwen3_next", "lfm2_moe", "nemotron_h")
 
 
 @pytest.fixture

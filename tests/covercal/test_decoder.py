@@ -312,9 +312,15 @@ def test_a_model_whose_blocks_share_their_experts_is_refused() -> None:
         make_decoder(model)
 
 
-def test_a_model_that_calls_all_of_itself_its_body_is_refused() -> None:
+def test_the_body_of_a_model_that_calls_all_of_itself_so_is_what_holds_its_blocks() -> None:
     model = tiny_model("llama")
     model.get_decoder = lambda: model
+    assert make_decoder(model).body is model.model
+
+
+def test_a_model_whose_body_is_all_of_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    monkeypatch.setattr("covercal.decoder.body_of", lambda whole, _: whole)
     with pytest.raises(InputError, match=r"^The head of LlamaForCausalLM computes other logits than the model"):
         make_decoder(model)
 

@@ -128,6 +128,7 @@ def test_a_model_that_reads_images_too_is_one_when_it_has_a_language_model(folde
         ("gemma3", "Gemma3ForConditionalGeneration", "AutoModelForCausalLM"),
         ("qwen3_5", "Qwen3_5ForConditionalGeneration", "AutoModelForCausalLM"),
         ("llava", "LlavaForConditionalGeneration", "AutoModelForImageTextToText"),
+        ("mistral4", "Mistral4ForCausalLM", "AutoModelForImageTextToText"),  # a text model, which is known there only
     ):
         change_config(folder, architectures=[name], model_type=kind, text_config={})
         found = locate_model(Model(source=str(folder)))

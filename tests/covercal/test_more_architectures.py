@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from covercal.block_call import run_block
-from covercal.checkpoint import RECORD
+from covercal.checkpoint import RECORD, check_format
 from covercal.decoder import Decoder, block_inputs, final_hidden, head_logits, load_decoder, make_decoder
-from covercal.errors import InputError
+from covercal.errors import InputError, QuantizationError
 from covercal.quantization import quantize_blocks
 from covercal.quantization_settings import Quantization
 from tests.covercal.walks import linears_of, logits, quantized_model, write_checkpoint
@@ -92,6 +92,7 @@ def test_experts_that_checkpoints_keep_in_one_tensor_are_written_so_and_it_is_to
         ("nemotron_h", ["up_proj", "down_proj"], "pack-quantized"),  # no gate
         ("minimax_m3_vl_text", ["gate_proj", "up_proj", "down_proj"], "dense"),  # a gating of its own
         ("gpt_oss", ["gate_proj", "up_proj", "down_proj"], "dense"),  # its own gating, biases, in turns
+        ("llama4_text", ["gate_proj", "up_proj", "down_proj"], "dense"),  # each is given every token, or zeros
     ],
 )
 def test_experts_of_other_kinds_are_quantised(architecture: str, each: list[str], form: str, tmp_path: Path) -> None:
@@ -140,10 +141,15 @@ _SEEING = {
     **{"num_attention_heads": 4, "num_heads": 4, "image_size": 28, "patch_size": 14, "out_hidden_size": WIDTH},
 }  # as deep as the language model: not to be taken for it
 _ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+_TWO_KINDS = {"head_dim": 16, "moe_intermediate_size": [INNER, WIDTH]} | {
+    "rope_parameters": _ROTARY["rope_parameters"] | {"mrope_section": [3, 3, 2]}
+}  # of experts: for text, and for images
 READING_IMAGES: dict[str, dict[str, Any]] = {
     "gemma3": {"text_config": ARCHITECTURES["gemma3_text"], "mm_tokens_per_image": 4},
     "gemma4": {"text_config": OTHERS["gemma4_text"]},
     "llava": {"text_config": ARCHITECTURES["llama"]},
+    "kimi_k25": {"text_config": OTHERS["deepseek_v3"]},  # queries, keys and values of its images are one in files
+    "ernie4_5_vl_moe": {"text_config": OTHERS["ernie4_5_moe"] | _TWO_KINDS},
     "mistral3": {"text_config": ARCHITECTURES["mistral"]},
     "qwen2_5_vl": {"text_config": ARCHITECTURES["llama"] | _ROTARY},
     "qwen3_vl_moe": {"text_config": MIXTURES["qwen3_moe"] | _ROTARY},
@@ -167,7 +173,38 @@ def test_what_reads_images_stays_in_the_checkpoint_as_it_is(kind: str, tmp_path:
     language = {
         name for name in original if name.startswith("model.language_model.layers.") and original[name].ndim > 1
     }
-    assert changed == {name for name in language if "router" not in name and ".gate.weight" not in name}
+    stays = ("router", ".gate.", "vision_moe")
+    assert changed == {name for name in language if not any(each in name for each in stays)}
+
+
+def test_what_transformers_takes_apart_in_files_has_no_quantised_weights_beside(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("qianfan_ocr", text_config=ARCHITECTURES["qwen3"], vision_config=_SEEING)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    writer, _ = write_checkpoint(tmp_path, make_decoder(model), SAMPLES, RTN)
+    assert "no packed weights of a model whose files keep several linears in one" in writer.why_dense
+    _, found = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not (found["missing_keys"] | found["unexpected_keys"])
+    settings = Quantization(method="w8a8_static")
+    with pytest.raises(QuantizationError, match=r"^quantization\.activations: static cannot be kept for a model of t"):
+        check_format(settings, model)
+
+
+def test_a_linear_that_no_text_reads_stays_as_it_is(tmp_path: Path) -> None:
+    decoder = make_decoder(tiny_model("mamba"))
+    names = [f"backbone.layers.{index}.mixer.dt_proj" for index in range(BLOCKS)]
+    assert list(decoder.unread) == names
+    writer, blocks = write_checkpoint(tmp_path, decoder, SAMPLES, RTN)
+    assert not {*names} & {*linears_of(blocks)}
+    kept = load_file(tmp_path / writer.shard_name(1))[f"{names[1]}.weight"]
+    assert torch.equal(kept, decoder.model.get_submodule(names[1]).weight.bfloat16())
+
+
+def test_a_large_linear_that_no_text_reads_is_refused() -> None:
+    model = tiny_model("mamba")
+    for layer in model.backbone.layers:
+        layer.for_nothing = torch.nn.Linear(8 * WIDTH, 8 * WIDTH)
+    with pytest.raises(InputError, match=r"^Block 0 of MambaForCausalLM reads 0 inputs with `for_nothing` in a text"):
+        make_decoder(model)
 
 
 def test_keys_and_values_that_later_blocks_read_go_with_the_hidden_states() -> None:
