@@ -32,6 +32,7 @@ from covercal.input_scaling import ScaledSite, scale_block
 from covercal.memory import keeping_less, release_freed
 from covercal.quantization_settings import Dtype, Quantization, Target
 from covercal.quantizers.pieces import Solved
+from covercal.quantizers.salient import scope_size
 from covercal.quantizers.solver import SolvedSite, solve_site
 
 RELEASED_CHANNELS = 2048  # memory that was freed is given back before every step of a block so wide
@@ -184,6 +185,24 @@ def check_group_size(linears: dict[str, tuple[int, int]], group_size: int | None
                 f"quantization.group_size {group_size} does not divide the {inputs} inputs of {name}; "
                 f"it must divide {common}" + (f", for example {', '.join(map(str, fitting))}." if fitting else ".")
             )
+
+
+def check_salient(linears: dict[str, tuple[int, int]], settings: Quantization) -> None:
+    """Raise when the share of salient weights is so small that it marks none in some linear.
+
+    Raises
+    ------
+    QuantizationError
+        Naming the linear whose scope is the smallest, and the least share that marks a weight there.
+    """
+    share, scope = settings.salient.share, settings.salient.scope
+    sizes = {name: scope_size(shape, scope, settings.group_size) for name, shape in linears.items()}
+    name = min(sizes, key=sizes.__getitem__)
+    if share and not round(share * sizes[name]):
+        raise QuantizationError(
+            f"quantization.salient.share {share:g} marks no weight in a {scope} of {sizes[name]} weights of {name}: "
+            f"give at least {1 / sizes[name]:.3g}, or another salient.scope."
+        )
 
 
 def quantize_blocks(

@@ -85,19 +85,21 @@ def check_inputs(recipe: Recipe, inputs: Inputs, folder: Any) -> None:
     Raises
     ------
     InputError
-        When the blocks cannot be found, hold what cannot be quantised, the group size does not divide an input, or no
-        format holds the result.
+        When the blocks cannot be found, hold what cannot be quantised, the group size does not divide an input, the
+        share of salient weights marks none, or no format holds the result.
     """
     from covercal.checkpoint import check_format
     from covercal.decoder import describe_decoder, pick_device
     from covercal.errors import QuantizationError
-    from covercal.quantization import check_group_size
+    from covercal.quantization import check_group_size, check_salient
 
     pick_device(recipe.device)
     trusted = inputs.model.trust_remote_code and not inputs.model.gguf
     decoder = describe_decoder(folder, trust_remote_code=trusted)
     try:
-        check_group_size(decoder.linear_shapes, recipe.quantization.group_size)
+        shapes = decoder.linear_shapes
+        check_group_size(shapes, recipe.quantization.group_size)
+        check_salient(shapes, recipe.quantization)
         check_format(recipe.quantization, decoder.model)
     except QuantizationError as cause:
         raise InputError(str(cause)) from cause

@@ -38,6 +38,12 @@ class SalientGrid:
     dtype: torch.dtype
 
 
+def scope_size(shape: tuple[int, int], scope: str, group_size: int | None) -> int:
+    """Return how many weights of a matrix (rows, columns) compete with each other in a scope: see `salient_mask`."""
+    rows, columns = shape
+    return {"tensor": rows * columns, "row": columns, "group": group_size or columns}[scope]
+
+
 def salient_mask(weight: Tensor, share: float, scope: str, group_size: int | None) -> Tensor:
     """Return which weights are the largest by magnitude: round(share * size) of each tensor, row or group.
 
@@ -56,7 +62,7 @@ def salient_mask(weight: Tensor, share: float, scope: str, group_size: int | Non
         bool (rows, columns).
     """
     rows, columns = weight.shape
-    width = {"tensor": rows * columns, "row": columns, "group": group_size or columns}[scope]
+    width = scope_size((rows, columns), scope, group_size)
     magnitude = weight.abs().reshape(-1, width)
     largest = torch.argsort(magnitude, dim=1, descending=True, stable=True)[:, : round(share * width)]
     mask = torch.zeros(magnitude.shape, dtype=torch.bool, device=weight.device)

@@ -24,6 +24,7 @@ from covercal.quantization import (
     QuantizedLinear,
     Resumed,
     check_group_size,
+    check_salient,
     dequantized,
     quantize_blocks,
 )
@@ -507,6 +508,18 @@ def test_a_refused_group_size_without_a_usual_alternative_names_the_common_divis
 @pytest.mark.parametrize("size", [None, 1, 32, 64])
 def test_a_group_size_that_divides_every_input_is_accepted(size: int | None) -> None:
     check_group_size({"a.q_proj": (64, 192), "a.down_proj": (192, 320)}, size)
+
+
+@pytest.mark.parametrize(("scope", "size"), [("row", 30), ("group", 30), ("tensor", 1200)])
+def test_a_share_that_marks_no_weight_of_some_linear_is_refused(scope: str, size: int) -> None:
+    linears = {"a.q_proj": (60, 60), "a.down_proj": (40, 30)}
+    few = Quantization(method="precal", group_size=None, salient={"share": 0.4 / size, "scope": scope})
+    with pytest.raises(
+        QuantizationError, match=rf"marks no weight in a {scope} of {size} weights of a.down_proj: give"
+    ):
+        check_salient(linears, few)
+    check_salient(linears, Quantization(method="precal", group_size=None, salient={"share": 1 / size, "scope": scope}))
+    check_salient(linears, Quantization(method="gptq", group_size=None))
 
 
 def test_a_linear_that_cannot_be_grouped_is_named() -> None:
