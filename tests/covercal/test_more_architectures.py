@@ -144,6 +144,7 @@ _ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope
 _TWO_KINDS = {"head_dim": 16, "moe_intermediate_size": [INNER, WIDTH]} | {
     "rope_parameters": _ROTARY["rope_parameters"] | {"mrope_section": [3, 3, 2]}
 }  # of experts: for text, and for images
+_MISTRAL_4 = OTHERS["deepseek_v3"] | {"model_type": "mistral4", "head_dim": 16, "first_k_dense_replace": 0}
 READING_IMAGES: dict[str, dict[str, Any]] = {
     "gemma3": {"text_config": ARCHITECTURES["gemma3_text"], "mm_tokens_per_image": 4},
     "gemma4": {"text_config": OTHERS["gemma4_text"]},
@@ -151,6 +152,7 @@ READING_IMAGES: dict[str, dict[str, Any]] = {
     "kimi_k25": {"text_config": OTHERS["deepseek_v3"]},  # queries, keys and values of its images are one in files
     "ernie4_5_vl_moe": {"text_config": OTHERS["ernie4_5_moe"] | _TWO_KINDS},
     "mistral3": {"text_config": ARCHITECTURES["mistral"]},
+    "mistral3 with experts": {"text_config": _MISTRAL_4},
     "qwen2_5_vl": {"text_config": ARCHITECTURES["llama"] | _ROTARY},
     "qwen3_vl_moe": {"text_config": MIXTURES["qwen3_moe"] | _ROTARY},
 }
@@ -159,7 +161,7 @@ READING_IMAGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", READING_IMAGES)
 def test_what_reads_images_stays_in_the_checkpoint_as_it_is(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **READING_IMAGES[kind], vision_config=_SEEING)
+    config = AutoConfig.for_model(kind.split()[0], **READING_IMAGES[kind], vision_config=_SEEING)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
     decoder = load_decoder(tmp_path / "model", "float32", CPU, streamed=True)
