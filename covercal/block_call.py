@@ -106,7 +106,7 @@ def run_and_tell(block: nn.Module, entering: Tensor, arguments: BlockArguments) 
 
 def hidden_of(output: Any) -> Tensor:
     """Return the hidden states of what a block returned."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
 
 

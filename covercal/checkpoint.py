@@ -21,6 +21,7 @@ from covercal.errors import QuantizationError
 from covercal.experts import checkpoint_names, has_experts, is_linear, keeps_together, put_together, skeleton_of
 from covercal.quantization import QuantizedBlock, QuantizedLinear, dequantized
 from covercal.quantization_settings import Dtype, Quantization
+from covercal.transposed import has_turned, turned_back
 
 INDEX = "model.safetensors.index.json"
 RECORD = "covercal.json"
@@ -39,6 +40,8 @@ def checkpoint_format(settings: Quantization, model: PreTrainedModel) -> tuple[F
         return "dense", "salient weights have a grid of their own, which no packed format has"
     if settings.activations.kind != "none":
         return "int-quantized", ""
+    if has_turned(model):
+        return "dense", "files of this model keep weights (inputs, outputs), which no packed format does"
     if takes_apart(model):
         return "dense", "transformers reads no packed weights of a model whose files keep several linears in one"
     if has_experts(model) and not settings.symmetric:
@@ -75,14 +78,15 @@ def check_format(settings: Quantization, model: PreTrainedModel) -> None:
     Raises
     ------
     QuantizationError
-        For quantised activations of a model with experts, or that `takes_apart` what files hold, and dynamic ones of a
-        model whose linears read matrices.
+        For quantised activations of a model with experts, with transposed weights, or that `takes_apart` what files
+        hold, and dynamic ones of a model whose linears read matrices.
     """
-    if settings.activations.kind != "none" and takes_apart(model):
+    if settings.activations.kind != "none" and (takes_apart(model) or has_turned(model)):
+        why = "transposed" if has_turned(model) else "several in one tensor"
         raise QuantizationError(
             f"quantization.activations: {settings.activations.kind} cannot be kept for a model of type "
-            f"{model.config.model_type}: transformers reads no quantised weights of a type of model whose files keep "
-            "several linears in one; use activations: none."
+            f"{model.config.model_type}: its files keep the weights of linears {why}, and transformers reads no "
+            "quantised ones of such a model; use activations: none."
         )
     if settings.activations.kind != "none" and has_experts(model):
         raise QuantizationError(
@@ -186,6 +190,7 @@ class CheckpointWriter:
     def _save(self, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor], path: Path) -> None:
         """Write tensors by their names in the model, and codes by theirs in a checkpoint."""
         stored = {name: self._in_storage_dtype(name, each) for name, each in tensors.items()}
+        stored = turned_back(self.decoder.model, stored)
         if self._skeleton is not None:
             stored = put_together(self._skeleton, stored)
         stored |= {name: self._in_storage_dtype(name, each) for name, each in codes.items()}

@@ -23,6 +23,7 @@ from covercal.experts import is_fused, is_linear, is_router, probing, unfuse_exp
 from covercal.model_files import check_shards
 from covercal.quantization_settings import Dtype
 from covercal.streaming import StreamedWeights, body_of, empty_model, loader_for
+from covercal.transposed import Straightened, is_turned, straighten
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOKENS = 4
@@ -116,7 +117,7 @@ class Decoder:
         if self.weights is None:
             return copy.deepcopy(self.blocks[index])
         block = self.weights.block(index)
-        unfuse_experts(block)
+        _make_linears(block)
         return block
 
     def block_sites(self, index: int) -> tuple[Site, ...]:
@@ -157,7 +158,8 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
 
 def _linears(block: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the linears of a block, those of fused experts as if they had been taken apart."""
-    for name, module in block.named_modules():
+    for name, each in block.named_modules():
+        module = Straightened(each) if is_turned(each) else each
         if is_linear(module):
             yield name, module
         elif is_fused(module):
@@ -255,10 +257,15 @@ def make_decoder(model: PreTrainedModel) -> Decoder:
     check_blocks(model, blocks)
     for block in blocks:
         _align_experts(block, model.dtype)
-        unfuse_experts(block)
+        _make_linears(block)
     decoder = _with_sites(Decoder(model, path, blocks, ()))
     _check_walk(decoder)
     return decoder
+
+
+def _make_linears(block: nn.Module) -> None:
+    unfuse_experts(block)
+    straighten(block)
 
 
 def _align_experts(block: nn.Module, dtype: torch.dtype) -> None:
@@ -394,7 +401,7 @@ def check_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
         outside = [
             (parameter.numel(), f"{name}.{parameter_name}", type(module).__name__, tuple(parameter.shape))
             for name, module in block.named_modules()
-            if not is_linear(module) and not is_fused(module)
+            if not (is_linear(module) or is_fused(module) or is_turned(module))
             for parameter_name, parameter in module.named_parameters(recurse=False)
             if parameter.squeeze().ndim >= 2 and not is_router(module, parameter)
         ]
@@ -418,7 +425,8 @@ def _check_own_weights(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> N
     owners: dict[int, int] = {}
     for index, block in enumerate(blocks):
         for name, module in block.named_modules():
-            for parameter in module.parameters(recurse=False) if is_linear(module) or is_fused(module) else ():
+            ours = is_linear(module) or is_fused(module) or is_turned(module)
+            for parameter in module.parameters(recurse=False) if ours else ():
                 if owners.setdefault(id(parameter), index) != index:
                     raise InputError(
                         f"Block {index} of {type(model).__name__} shares the weights of `{name}` with block "
@@ -517,7 +525,7 @@ def _returned(decoder: Decoder, tokens: Tensor) -> int | None:
 
     with replaced_forward(decoder.blocks[0], run_one), suppress(_EnteredError):
         decoder.body(input_ids=tokens, use_cache=False)
-    return len(found[0]) if isinstance(found[0], tuple) else None
+    return len(found[0]) if isinstance(found[0], tuple | list) else None
 
 
 @torch.inference_mode()

@@ -250,7 +250,7 @@ def _calls(block: nn.Module, module: nn.Module, site: Site, running: Calibration
 
 def _output(module: nn.Module, call: Call) -> Tensor:
     output = module(*call[0], **call[1])
-    return torch.as_tensor(output[0] if isinstance(output, tuple) else output)
+    return torch.as_tensor(output[0] if isinstance(output, tuple | list) else output)
 
 
 def _known(value: Tensor | None) -> Tensor:

@@ -97,6 +97,8 @@ _PER_LAYER = {
 OTHERS: dict[str, dict[str, Any]] = {  # each with something that the ones above have not
     "bloom": {"hidden_size": WIDTH, "n_layer": BLOCKS, "n_head": 4, "vocab_size": VOCABULARY},
     "mpt": {"d_model": WIDTH, "n_layers": BLOCKS, "n_heads": 4, "max_seq_len": 512, "vocab_size": VOCABULARY},
+    "gpt2": _GPT,
+    "openai-gpt": _GPT,
     "gptj": _GPT | {"rotary_dim": 4},
     "gpt_bigcode": _GPT,
     "gpt_neox": _SHAPE,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import JetMoeConfig, PreTrainedModel
 
 from covercal.block_call import run_block
 from covercal.decoder import (
@@ -216,8 +216,9 @@ def test_a_linear_that_reads_more_than_the_tokens_is_refused() -> None:
 
 
 def test_a_block_with_weights_outside_linears_is_refused_by_name_and_class() -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50, n_positions=32))
-    with pytest.raises(InputError, match=r"Block 0 of GPT2LMHeadModel .*mlp\.c_proj\.weight` \(Conv1D, .*nn\.Linear"):
+    model = tiny_model()
+    model.model.layers[1].mlp.more = nn.Bilinear(WIDTH, WIDTH, WIDTH)
+    with pytest.raises(InputError, match=r"Block 1 of LlamaForCausalLM .*mlp\.more\.weight` \(Bilinear, .*nn\.Linear"):
         make_decoder(model)
 
 
@@ -254,10 +255,9 @@ def test_linears_described_without_weights_are_those_of_the_loaded_model(archite
 
 
 def test_describing_a_model_with_other_weights_than_linears_is_refused(tmp_path: Path) -> None:
-    GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50, architectures=["GPT2LMHeadModel"]).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(InputError, match="Conv1D"):
+    config = JetMoeConfig(hidden_size=WIDTH, num_hidden_layers=2, architectures=["JetMoeForCausalLM"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="JetMoeParallelExperts"):
         describe_decoder(tmp_path)
 
 

@@ -12,9 +12,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from covercal.block_call import run_block
 from covercal.checkpoint import RECORD, check_format
-from covercal.decoder import Decoder, block_inputs, final_hidden, head_logits, load_decoder, make_decoder
+from covercal.decoder import (
+    Decoder,
+    block_inputs,
+    describe_decoder,
+    final_hidden,
+    head_logits,
+    load_decoder,
+    make_decoder,
+)
 from covercal.errors import InputError, QuantizationError
-from covercal.quantization import quantize_blocks
+from covercal.quantization import dequantized, quantize_blocks
 from covercal.quantization_settings import Quantization
 from tests.covercal.walks import linears_of, logits, quantized_model, write_checkpoint
 from tests.tiny import ARCHITECTURES, BLOCKS, EXPERTS, INNER, MIXTURES, OTHERS, WIDTH, random_tokens, tiny_model
@@ -38,7 +46,7 @@ def left_a_block(decoder: Decoder, index: int, tokens: torch.Tensor) -> torch.Te
     handle = decoder.blocks[index].register_forward_hook(lambda _, __, output: left.append(output))
     final_hidden(decoder, tokens)
     handle.remove()
-    return left[0][0] if isinstance(left[0], tuple) else left[0]
+    return left[0][0] if isinstance(left[0], tuple | list) else left[0]
 
 
 @every_other
@@ -118,6 +126,24 @@ def test_biases_that_choose_experts_are_read_and_written_as_they_are(compute: An
     kept = load_file(tmp_path / "written" / writer.shard_name(1))
     assert torch.equal(kept[f"model.layers.1.{name}"], expected)
     assert kept["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_weights_that_files_keep_transposed_are_quantised_as_linears_and_written_so(
+    streamed: bool, tmp_path: Path
+) -> None:
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path / "model")
+    decoder = load_decoder(tmp_path / "model", "float32", CPU, streamed=streamed)
+    assert decoder.linear_shapes["transformer.h.0.attn.c_attn"] == (3 * WIDTH, WIDTH)
+    assert describe_decoder(tmp_path / "model").linear_shapes == decoder.linear_shapes
+    writer, blocks = write_checkpoint(tmp_path / "written", decoder, SAMPLES, RTN)
+    assert writer.why_dense.startswith("files of this model keep weights (inputs, outputs)")
+    kept = load_file(tmp_path / "written" / writer.shard_name(0))
+    linear = linears_of(blocks)["transformer.h.0.attn.c_attn"]
+    assert torch.equal(kept["transformer.h.0.attn.c_attn.weight"], dequantized(linear, torch.bfloat16).T)
+    with pytest.raises(QuantizationError, match=r"type gpt2: its files keep the weights of linears transposed"):
+        check_format(Quantization(method="w8a8_static"), model)
 
 
 def test_gates_and_routers_stay_as_they_are() -> None:
