@@ -101,3 +101,16 @@ def test_of_a_model_that_reads_images_all_is_kept_or_it_is_told(kind: str, whole
     assert (folder / "preprocessor_config.json").is_file() == whole
     assert ("only the language model" in info["left_out"]) != whole
     assert json.loads((folder / "covercal.json").read_text(encoding="utf-8"))["left_out"] == info["left_out"]
+
+
+def test_it_is_told_which_linears_no_text_reads(tmp_path: Path) -> None:
+    tiny.tiny_model("mamba").save_pretrained(tmp_path / "model")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "model")
+    tiny.write_texts(tmp_path / "pool.jsonl", range(20))
+    value = tiny.recipe_value(tmp_path, quantization={"method": "rtn"}, evaluation={"divergence": [], "layers": 0})
+    recipe, store = parse_recipe(value, tmp_path), ArtifactStore(tmp_path / "store")
+    chain = run_chain(recipe, identify(recipe, store), Direct(store, Recorder()), until="evaluation")
+    assert store.manifest(chain.checkpoint).info["left_out"] == (
+        f"{tiny.BLOCKS} linears of the blocks that no text reads stay as they are, "
+        "backbone.layers.0.mixer.dt_proj among them."
+    )
