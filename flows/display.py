@@ -101,7 +101,9 @@ def finished_detail(row: Row) -> str:
     info = row.events[-1].info if row.events else {}
     if row.label == "pool" and "domains" in info:
         dropped = Counts(**info).dropped
-        return f"{row.detail}, {len(info['domains'])} domains" + (f"; dropped: {dropped}" if dropped else "")
+        count = len(info["domains"])
+        domains = "one domain" if count == 1 else f"{count} domains"
+        return f"{row.detail}, {domains}" + (f"; dropped: {dropped}" if dropped else "")
     if row.label in ("outliers", "refined") and "outliers" in info:
         return f"{row.detail}: {info['outliers']:,} of {info['channels']:,}"
     if row.label == "model" and "dequantised_from" in info:
