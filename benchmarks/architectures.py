@@ -2,9 +2,10 @@
 
 `python -m benchmarks.architectures [--only TYPE ...] [--output FILE]`
 
-With random weights each is saved, quantised to 8 bits by rounding to nearest, plain GPTQ, the default method and AWQ,
-read back by transformers, and compared with the original: no method may lose much more than rounding to nearest. What
-covercal refuses is told with its sentence; anything else that goes wrong is an error. Some cannot be made so small.
+With random weights each is saved, quantised to 8 bits by rounding to nearest (on both kinds of grids: transformers
+reads packed experts on symmetric ones only), plain GPTQ, the default method and AWQ, read back by transformers, and
+compared with the original: no method may lose much more than rounding to nearest. What covercal refuses is told with
+its sentence; anything else that goes wrong is an error. Some cannot be made so small.
 """
 
 import argparse
@@ -176,6 +177,7 @@ READING_IMAGES = (
 )
 METHODS: dict[str, dict[str, Any]] = {  # rounding to nearest is the yardstick of what a model loses at 8 bits
     "rtn": {"method": "rtn", "bits": 8, "group_size": 16},
+    "packed": {"method": "rtn", "bits": 8, "group_size": 16, "symmetric": True},  # so are experts, too
     "gptq": {"method": "gptq", "bits": 8, "group_size": 16},
     "covercal": {"method": "covercal", "bits": 8, "group_size": 16},
     "awq": {"method": "awq", "bits": 8, "group_size": 16},

@@ -61,12 +61,10 @@ def checkpoint_format(settings: Quantization, model: PreTrainedModel) -> tuple[F
 def takes_apart(model: PreTrainedModel) -> bool:
     """Return whether transformers makes several weights of one in files, which it cannot with quantised ones beside.
 
-    Its converters then read many tensors (codes, scales) and make many, which most of their operations refuse.
+    Its converters then read many tensors (codes, scales) of one and make many, which most of their operations refuse.
     """
     return any(
-        len(converter.target_patterns) > 1
-        and all(source.endswith(".weight") for source in converter.source_patterns)
-        and not any(operation.supports_many_to_many for operation in converter.operations)
+        len(converter.target_patterns) > 1 and all(source.endswith(".weight") for source in converter.source_patterns)
         for converter in get_model_conversion_mapping(model, add_legacy=False)
         if isinstance(converter, WeightConverter)
     )
@@ -119,14 +117,15 @@ class CheckpointWriter:
     format: Format = field(init=False)
     why_dense: str = field(init=False)
     _names: dict[str, str] = field(init=False)
-    _skeleton: PreTrainedModel | None = field(init=False)  # only of a model with experts
+    _skeleton: PreTrainedModel | None = field(init=False)  # only of a dense one with experts
     _stays_wide: Callable[[str], bool] = field(init=False)
 
     def __post_init__(self) -> None:
         self.format, self.why_dense = checkpoint_format(self.settings, self.decoder.model)
         self._names = checkpoint_names(self.decoder.model)
         self._stays_wide = stays_wide(self.decoder.model, self.storage_dtype)
-        self._skeleton = skeleton_of(self.decoder.model) if has_experts(self.decoder.model) else None
+        together = self.format == "dense" and has_experts(self.decoder.model)
+        self._skeleton = skeleton_of(self.decoder.model) if together else None
 
     def shard_name(self, index: int) -> str:
         """Return the file name of a block's shard; one more follows the last block."""
@@ -193,6 +192,8 @@ class CheckpointWriter:
         stored = turned_back(self.decoder.model, stored)
         if self._skeleton is not None:
             stored = put_together(self._skeleton, stored)
+        else:
+            stored = {self._names.get(name, name): each for name, each in stored.items()}
         stored |= {name: self._in_storage_dtype(name, each) for name, each in codes.items()}
         alone = {name: each.detach().cpu().contiguous().clone() for name, each in sorted(stored.items())}
         save_file(alone, path, {"format": "pt"})

@@ -10,7 +10,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, apply_converters, revert_weight_conversion
 
 from covercal.errors import InputError
 
@@ -339,8 +340,8 @@ def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
     """Return what the tensors of a model with experts are called in its checkpoints, by their name here.
 
     The names are found by letting transformers turn a state whose numbers tell where they come from back into
-    a checkpoint's. What checkpoints keep with others in one tensor has no name. Empty for a model without experts: its
-    names are the same.
+    a checkpoint's. What is not an expert's and has other values there (with others in one tensor, transposed) has no
+    name: transformers reads it by its name in the model, too. Empty for a model without experts.
     """
     if not has_experts(model):
         return {}
@@ -348,10 +349,13 @@ def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
     state, origins = _marked_state(skeleton)
     names = {}
     for name, tensor in revert_weight_conversion(skeleton, state).items():
-        origin, size = origins.get(int(tensor.reshape(-1)[0]), ("", 0)) if tensor.numel() else ("", 0)
-        if origin and tensor.numel() == size:
-            names[origin] = name
-    return names
+        value = int(tensor.reshape(-1)[0]) if tensor.numel() else -1
+        if value in origins:
+            names[origins[value]] = name
+    own = get_model_conversion_mapping(skeleton, add_legacy=False)[::-1]
+    converters = [each.reverse_transform() for each in own if isinstance(each, WeightConverter)]
+    changed = {name for name in state if apply_converters(name, converters)[1] is not None}
+    return {name: stored for name, stored in names.items() if name not in changed}
 
 
 def keeps_together(model: PreTrainedModel, names: Mapping[str, str]) -> bool:
@@ -396,12 +400,12 @@ def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
         return type(model)(model.config)
 
 
-def _marked_state(skeleton: nn.Module) -> tuple[dict[str, Tensor], dict[int, tuple[str, int]]]:
-    """Return a state full of numbers, one for each of its parts that a checkpoint may tell apart, and their names."""
-    origins: dict[int, tuple[str, int]] = {}
+def _marked_state(skeleton: nn.Module) -> tuple[dict[str, Tensor], dict[int, str]]:
+    """Return a state full of numbers, one for each of its parts that a checkpoint may tell apart, and the parts."""
+    origins: dict[int, str] = {}
 
-    def mark(name: str, size: int) -> float:
-        origins[len(origins)] = (name, size)
+    def mark(name: str) -> float:
+        origins[len(origins)] = name
         return float(len(origins) - 1)
 
     layouts = {name: layout_of(module) for name, module in skeleton.named_modules()}
@@ -410,12 +414,11 @@ def _marked_state(skeleton: nn.Module) -> tuple[dict[str, Tensor], dict[int, tup
         module, _, last = name.rpartition(".")
         layout = layouts[module]
         if layout is None:
-            state[name] = torch.full((1,) * tensor.ndim, mark(name, tensor.numel())).expand(tensor.shape)
+            state[name] = torch.full((1,) * tensor.ndim, mark(name)).expand(tensor.shape)
             continue
         parts = []
         for part, empty in layout.apart(last, tensor).items():
-            size = empty[0].numel()
-            marks = torch.tensor([mark(f"{module}.{number}.{part}", size) for number in range(len(tensor))])
+            marks = torch.tensor([mark(f"{module}.{number}.{part}") for number in range(len(tensor))])
             rows = marks.reshape(-1, *[1] * (tensor.ndim - 1)).expand(-1, empty.shape[1], *[1] * (tensor.ndim - 2))
             parts.append(rows)
         state[name] = layout.together(parts, bias=tensor.ndim == 2).expand(tensor.shape)

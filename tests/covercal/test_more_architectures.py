@@ -184,8 +184,9 @@ READING_IMAGES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("symmetric", [True, False])  # packed experts, or dense ones
 @pytest.mark.parametrize("kind", READING_IMAGES)
-def test_what_reads_images_stays_in_the_checkpoint_as_it_is(kind: str, tmp_path: Path) -> None:
+def test_what_reads_images_stays_in_the_checkpoint_as_it_is(kind: str, symmetric: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind.split()[0], **READING_IMAGES[kind], vision_config=_SEEING)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
@@ -193,7 +194,8 @@ def test_what_reads_images_stays_in_the_checkpoint_as_it_is(kind: str, tmp_path:
     decoder = load_decoder(tmp_path / "model", "float32", CPU, streamed=True)
     assert decoder.sites == load_decoder(tmp_path / "model", "float32", CPU).sites
     written = tmp_path / "checkpoint"
-    write_checkpoint(written, decoder, SAMPLES, Quantization(method="gptq", bits=4, group_size=16))
+    settings = Quantization(method="gptq", bits=4, group_size=16, symmetric=symmetric)
+    write_checkpoint(written, decoder, SAMPLES, settings)
     loaded, found = AutoModelForImageTextToText.from_pretrained(written, output_loading_info=True)
     assert not (found["missing_keys"] | found["unexpected_keys"])
     kept, original = dict(loaded.named_parameters()), dict(model.named_parameters())
