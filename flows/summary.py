@@ -1,6 +1,5 @@
 """What a run found, as one JSON object and as the table that people read."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from covercal.model_files import loader_of
 from covercal.recipe import Recipe, short_names
 from flows.chain import Chain
 from flows.execution import WORST_FIRST, Event, Failed
@@ -83,7 +81,7 @@ def quantization_summary(recipe: Recipe, chain: Chain, store: ArtifactStore) -> 
         "format": manifest.info["format"],
         "why_dense": manifest.info["why_dense"],
         "left_out": manifest.info["left_out"],
-        "loader": loader_of(json.loads((store.path(chain.checkpoint) / "config.json").read_bytes())),
+        "loader": manifest.info["loader"],
         "notes": manifest.info["notes"],
         "grown_damping": manifest.info["grown_damping"],
         "parameters": manifest.info["parameters"],

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 import covercal
-from covercal.model_files import PROCESSOR, left_out
+from covercal.model_files import PROCESSOR, left_out, loader_of
 from covercal.pool import sequences_digest
 from covercal.quantization_settings import Quantization
 from storage.artifacts import CONTINUED, ArtifactStore
@@ -195,6 +195,7 @@ def quantize_model(
         "format": writer.format,
         "why_dense": writer.why_dense,
         "left_out": not_quantized,
+        "loader": loader_of(json.loads((build.folder / "config.json").read_bytes())),
         **({CONTINUED: _where(resumed, len(decoder.blocks))} if resumed else {}),
     }
 
