@@ -195,8 +195,8 @@ class CheckpointWriter:
         else:
             stored = {self._names.get(name, name): each for name, each in stored.items()}
         stored |= {name: self._in_storage_dtype(name, each) for name, each in codes.items()}
-        alone = {name: each.detach().cpu().contiguous().clone() for name, each in sorted(stored.items())}
-        save_file(alone, path, {"format": "pt"})
+        names = sorted(stored)  # let go one after the other: no second copy of the block is held
+        save_file({n: stored.pop(n).detach().cpu().contiguous().clone() for n in names}, path, {"format": "pt"})
 
     def _in_storage_dtype(self, name: str, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
