@@ -136,6 +136,9 @@ W8A8 = (
 )
 
 
+UNSEEDED = {row.name for row in (*ROWS, *W8A8) if not row.seeded}
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """What one run of a row gave."""
@@ -264,20 +267,46 @@ def with_earlier(cells: Sequence[Cell], path: Path) -> list[Cell]:
 
 def _against(mine: Sequence[Cell], control: Sequence[Cell], name: str) -> str:
     """Return the mean difference from the control, seed by seed where both have seeds, with its 95% interval."""
-    if not control:
-        return ""
-    others = {c.seed: c.kl for c in control}
-    if len(others) == 1:
-        others = dict.fromkeys((c.seed for c in mine), next(iter(others.values())))
-    own = {c.seed: c.kl for c in mine}
-    if len(own) == 1:
-        own = dict.fromkeys(others, next(iter(own.values())))
-    differences = [own[seed] - others[seed] for seed in own if seed in others]
+    differences = [own - other for own, other in _pairs(mine, control)]
     if not differences:
         return ""
     interval = half_interval(differences)
     spread = "" if math.isnan(interval) or interval == 0 else f" ± {interval:.3f}"
     return f"{np.mean(differences):+.3f}{spread} ({name})"
+
+
+def _pairs(mine: Sequence[Cell], control: Sequence[Cell]) -> list[tuple[float, float]]:
+    """Return the KL of two methods, seed by seed; what has no seeds is paired with every seed of the other."""
+    own, others = ({c.seed if c.row not in UNSEEDED else None: c.kl for c in cells} for cells in (mine, control))
+    if None in others:
+        others = dict.fromkeys(own, others[None])
+    if None in own:
+        own = dict.fromkeys(others, own[None])
+    return [(own[seed], others[seed]) for seed in own if seed in others]
+
+
+def beside_controls(cells: Sequence[Cell], bits: Sequence[int]) -> Markdown:
+    """Return what every method's KL is beside its control's, in per cent; bold where the 95% interval leaves out 0."""
+    lines = []
+    for row in ROWS:
+        found = [
+            _relative([c for c in cells if (c.row, c.bits) == (row.name, each)], cells, row.control) for each in bits
+        ]
+        if row.control and any(found):
+            lines.append([row.name, row.control, *found])
+    return Markdown("Each method beside its control", ["method", "control", *(f"W{b} g64" for b in bits)], lines)
+
+
+def _relative(mine: Sequence[Cell], cells: Sequence[Cell], control: str) -> str:
+    pairs = _pairs(mine, [c for c in cells if mine and (c.row, c.bits) == (control, mine[0].bits)]) if mine else []
+    if not pairs:
+        return ""
+    changes = [own / other - 1 for own, other in pairs]
+    mean, interval = float(np.mean(changes)), half_interval(changes)
+    if math.isnan(interval) or interval == 0:
+        return f"{mean:+.0%}"
+    said = f"{mean:+.0%} ± {interval:.0%}"
+    return f"**{said}**" if abs(mean) > interval else said
 
 
 def plot(cells: Sequence[Cell], path: Path) -> None:
@@ -337,6 +366,7 @@ def main() -> None:
                 cells += runner.cells(row, bits, given.seeds)
     cells = with_earlier(cells, given.given) if given.given else cells
     tables = [table(some, cells, bits) for bits, some in rows.items()]
+    tables.append(beside_controls(cells, [bits for bits in rows if bits < 8]))
     given.output.mkdir(parents=True, exist_ok=True)
     text = "\n".join(str(each) for each in tables if each.lines)
     (given.output / "methods.md").write_text(text, encoding="utf-8")
