@@ -21,7 +21,7 @@ from covercal.errors import QuantizationError
 from covercal.experts import checkpoint_names, has_experts, is_linear, keeps_together, put_together, skeleton_of
 from covercal.quantization import QuantizedBlock, QuantizedLinear, dequantized
 from covercal.quantization_settings import Dtype, Quantization
-from covercal.transposed import has_turned, turned_back
+from covercal.transposed import turned_weights
 
 INDEX = "model.safetensors.index.json"
 RECORD = "covercal.json"
@@ -40,7 +40,7 @@ def checkpoint_format(settings: Quantization, model: PreTrainedModel) -> tuple[F
         return "dense", "salient weights have a grid of their own, which no packed format has"
     if settings.activations.kind != "none":
         return "int-quantized", ""
-    if has_turned(model):
+    if turned_weights(model):
         return "dense", "files of this model keep weights (inputs, outputs), which no packed format does"
     if takes_apart(model):
         return "dense", "transformers reads no packed weights of a model whose files keep several linears in one"
@@ -79,8 +79,8 @@ def check_format(settings: Quantization, model: PreTrainedModel) -> None:
         For quantised activations of a model with experts, with transposed weights, or that `takes_apart` what files
         hold, and dynamic ones of a model whose linears read matrices.
     """
-    if settings.activations.kind != "none" and (takes_apart(model) or has_turned(model)):
-        why = "transposed" if has_turned(model) else "several in one tensor"
+    if settings.activations.kind != "none" and (takes_apart(model) or turned_weights(model)):
+        why = "transposed" if turned_weights(model) else "several in one tensor"
         raise QuantizationError(
             f"quantization.activations: {settings.activations.kind} cannot be kept for a model of type "
             f"{model.config.model_type}: its files keep the weights of linears {why}, and transformers reads no "
@@ -117,12 +117,14 @@ class CheckpointWriter:
     format: Format = field(init=False)
     why_dense: str = field(init=False)
     _names: dict[str, str] = field(init=False)
+    _turned: frozenset[str] = field(init=False)  # weights that files keep transposed
     _skeleton: PreTrainedModel | None = field(init=False)  # only of a dense one with experts
     _stays_wide: Callable[[str], bool] = field(init=False)
 
     def __post_init__(self) -> None:
         self.format, self.why_dense = checkpoint_format(self.settings, self.decoder.model)
         self._names = checkpoint_names(self.decoder.model)
+        self._turned = turned_weights(self.decoder.model)
         self._stays_wide = stays_wide(self.decoder.model, self.storage_dtype)
         together = self.format == "dense" and has_experts(self.decoder.model)
         self._skeleton = skeleton_of(self.decoder.model) if together else None
@@ -189,7 +191,7 @@ class CheckpointWriter:
     def _save(self, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor], path: Path) -> None:
         """Write tensors by their names in the model, and codes by theirs in a checkpoint."""
         stored = {name: self._in_storage_dtype(name, each) for name, each in tensors.items()}
-        stored = turned_back(self.decoder.model, stored)
+        stored |= {name: stored[name].T for name in self._turned & stored.keys()}
         if self._skeleton is not None:
             stored = put_together(self._skeleton, stored)
         else:

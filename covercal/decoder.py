@@ -401,7 +401,7 @@ def check_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
         outside = [
             (parameter.numel(), f"{name}.{parameter_name}", type(module).__name__, tuple(parameter.shape))
             for name, module in block.named_modules()
-            if not (is_linear(module) or is_fused(module) or is_turned(module))
+            if not _is_quantized(module)
             for parameter_name, parameter in module.named_parameters(recurse=False)
             if parameter.squeeze().ndim >= 2 and not is_router(module, parameter)
         ]
@@ -412,6 +412,11 @@ def check_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
                 f"Block {index} of {type(model).__name__} keeps weights in `{name}` ({kind}, shape {shape}); "
                 "covercal quantises nn.Linear layers only."
             )
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Return whether a module is a linear, or holds some in another form."""
+    return is_linear(module) or is_fused(module) or is_turned(module)
 
 
 def _check_own_weights(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
@@ -425,8 +430,7 @@ def _check_own_weights(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> N
     owners: dict[int, int] = {}
     for index, block in enumerate(blocks):
         for name, module in block.named_modules():
-            ours = is_linear(module) or is_fused(module) or is_turned(module)
-            for parameter in module.parameters(recurse=False) if ours else ():
+            for parameter in module.parameters(recurse=False) if _is_quantized(module) else ():
                 if owners.setdefault(id(parameter), index) != index:
                     raise InputError(
                         f"Block {index} of {type(model).__name__} shares the weights of `{name}` with block "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from covercal.block_call import run_block
+from covercal.block_call import hidden_of, run_block
 from covercal.block_pass import expert_of
 from covercal.calibration import Calibration
 from covercal.decoder import DTYPES, Decoder, Site, linear_of
@@ -249,8 +249,7 @@ def _calls(block: nn.Module, module: nn.Module, site: Site, running: Calibration
 
 
 def _output(module: nn.Module, call: Call) -> Tensor:
-    output = module(*call[0], **call[1])
-    return torch.as_tensor(output[0] if isinstance(output, tuple | list) else output)
+    return hidden_of(module(*call[0], **call[1]))
 
 
 def _known(value: Tensor | None) -> Tensor:

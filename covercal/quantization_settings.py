@@ -388,12 +388,6 @@ def conflicts(settings: Quantization) -> list[str]:
         found.append("shrinkage: ledoit_wolf is not known for scaled inputs of the pool; give a number, or no scaling")
     if gram.prefixes and gram.source == "pool":
         found.append("gram.prefixes are of the chosen samples; `gram: pool` calibrates on none")
-    salient, group_size = settings.salient, settings.group_size
-    if salient.share and salient.scope == "group" and group_size and not round(salient.share * group_size):
-        found.append(
-            f"salient.share {salient.share:g} marks no weight in a group of {group_size}: give at least "
-            f"{1 / group_size:.3g}, or another salient.scope"
-        )
-    if activations.kind != "none" and salient.share > 0:
+    if activations.kind != "none" and settings.salient.share > 0:
         found.append("no format holds quantised activations beside salient weights")
     return found

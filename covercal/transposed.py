@@ -1,10 +1,9 @@
 """Linears whose weights transformers keeps (inputs, outputs), those of GPT-2, as `nn.Linear` of the same memory."""
 
-from collections.abc import Mapping
 from typing import TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
@@ -31,16 +30,10 @@ def straighten(module: nn.Module) -> None:
             setattr(module.get_submodule(parent), last, Straightened(child))
 
 
-def has_turned(model: nn.Module) -> bool:
-    """Return whether a model has such linears, straightened or not."""
-    return any(_is_kept_turned(module) for module in model.modules())
-
-
-def turned_back(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors, by their names in a model, as its files keep them."""
-    turned = {f"{name}.weight" for name, module in model.named_modules() if _is_kept_turned(module)}
-    return {name: each.T if name in turned else each for name, each in tensors.items()}
-
-
-def _is_kept_turned(module: nn.Module) -> bool:
-    return isinstance(module, Straightened) or is_turned(module)
+def turned_weights(model: nn.Module) -> frozenset[str]:
+    """Return the names of the weights that files keep (inputs, outputs), straightened or not."""
+    return frozenset(
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, Straightened) or is_turned(module)
+    )

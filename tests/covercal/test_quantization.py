@@ -510,15 +510,16 @@ def test_a_group_size_that_divides_every_input_is_accepted(size: int | None) -> 
     check_group_size({"a.q_proj": (64, 192), "a.down_proj": (192, 320)}, size)
 
 
-@pytest.mark.parametrize(("scope", "size"), [("row", 30), ("group", 30), ("tensor", 1200)])
-def test_a_share_that_marks_no_weight_of_some_linear_is_refused(scope: str, size: int) -> None:
-    linears = {"a.q_proj": (60, 60), "a.down_proj": (40, 30)}
-    few = Quantization(method="precal", group_size=None, salient={"share": 0.4 / size, "scope": scope})
-    with pytest.raises(
-        QuantizationError, match=rf"marks no weight in a {scope} of {size} weights of a.down_proj: give"
-    ):
-        check_salient(linears, few)
-    check_salient(linears, Quantization(method="precal", group_size=None, salient={"share": 1 / size, "scope": scope}))
+@pytest.mark.parametrize(
+    ("scope", "group_size", "size"), [("row", None, 30), ("group", None, 30), ("group", 10, 10), ("tensor", None, 1200)]
+)
+def test_a_share_that_marks_no_weight_of_some_linear_is_refused(scope: str, group_size: int | None, size: int) -> None:
+    linears = {"a.down_proj": (40, 30), "a.q_proj": (60, 60)}
+    grid = {"method": "precal", "group_size": group_size}
+    message = rf"marks no weight in a {scope} of {size} weights of a.down_proj: give at least {1 / size:.3g}, or"
+    with pytest.raises(QuantizationError, match=message):
+        check_salient(linears, Quantization(**grid, salient={"share": 0.4 / size, "scope": scope}))
+    check_salient(linears, Quantization(**grid, salient={"share": 1 / size, "scope": scope}))
     check_salient(linears, Quantization(method="gptq", group_size=None))
 
 

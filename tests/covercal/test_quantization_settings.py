@@ -289,14 +289,6 @@ CONFLICTS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "gram.prefixes are of the chosen samples; `gram: pool` calibrates on none",
         {"gram": {"source": "pool", "prefixes": []}},
     ),
-    *(
-        (
-            {"group_size": 64, "salient": {"share": 0.005, "scope": "group"}},
-            "salient.share 0.005 marks no weight in a group of 64: give at least 0.0156, or another salient.scope",
-            {"salient": instead},
-        )
-        for instead in ({"share": 0.0156, "scope": "group"}, {"share": 0.005, "scope": "row"}, {"share": 0.005})
-    ),
     (
         {"method": "precal", "activations": "dynamic"},
         "no format holds quantised activations beside salient weights",
