@@ -16,7 +16,8 @@ RESAMPLES = 9999
 DRAWS_AT_ONCE = 1_000_000  # drawn items held in memory: 16 MB of numbers and values
 MCNEMAR = "exact McNemar test, Tango score interval"
 BOOTSTRAP = "paired bootstrap, BCa interval"
-ONE_ITEM = "none: a single item"
+FEWEST = 6  # items below which no fair test reaches 5%: signs alone fall one way in 2 of 2^5
+FEW_ITEMS = f"none: fewer than {FEWEST} items"
 
 Floats = npt.NDArray[np.float64]
 Numbers = Sequence[float] | Floats
@@ -31,7 +32,8 @@ class PairedDifference:
     mean
         Mean of `values - others`, weighted where weights were given.
     low, high
-        95% confidence interval of the mean; NaN for a single item whose values are not 0 or 1.
+        95% confidence interval of the mean; NaN for fewer than `FEWEST` items whose values are not all 0 or 1, unless
+        no item differs.
     p_value
         Two-sided probability of a difference at least as large when the models are equal.
     test
@@ -57,7 +59,9 @@ def paired_difference(
 
     Right-or-wrong items (all values 0 or 1, no weights) get the exact McNemar test and Tango's score interval;
     anything else the paired bootstrap, which resamples items, with its bias-corrected and accelerated interval
-    (Efron 1987, equation 6.8) and the probability at which that interval would just touch 0.
+    (Efron 1987, equation 6.8) and the probability at which that interval would just touch 0. The interval is widened
+    for few items as Student's t is, since a resampled mean spreads less than a drawn one (Hesterberg, "What teachers
+    should know about the bootstrap", 2015, section 3.3).
 
     Parameters
     ----------
@@ -141,20 +145,24 @@ def _compare_shares(ours: Floats, theirs: Floats) -> PairedDifference:
 
 
 def _compare_means(differences: Floats, weights: Floats, seed: int) -> PairedDifference:
-    total, weight = float(weights @ differences), float(weights.sum())
+    total, weight, items = float(weights @ differences), float(weights.sum()), differences.size
     mean = total / weight
-    if differences.size == 1:
-        return PairedDifference(mean, math.nan, math.nan, 1.0, ONE_ITEM)
-    floor = 2.0 ** (1 - differences.size)  # no fair test says more: every item may have fallen either way by chance
+    floor = 2.0 ** (1 - items)  # no fair test says more: every item may have fallen either way by chance
+    if not differences.any():
+        return PairedDifference(0.0, 0.0, 0.0, 1.0, BOOTSTRAP)
+    if items < FEWEST:
+        return PairedDifference(mean, math.nan, math.nan, 1.0, FEW_ITEMS)
     if np.all(differences == differences[0]):
-        return PairedDifference(mean, mean, mean, floor if mean else 1.0, BOOTSTRAP)
+        return PairedDifference(mean, mean, mean, floor, BOOTSTRAP)
     drawn = np.sort(np.concatenate(list(_resampled(differences, weights, seed))))
     left_out = (total - weights * differences) / (weight - weights)
     curve = _BcaCurve(_normal_rank(drawn, mean), _acceleration(left_out))
-    low, high = (_quantile(drawn, curve.level(z)) for z in ndtri([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
-    one_sided = float(ndtr(curve.score(_normal_rank(drawn, 0.0))))
-    p_value = min(1.0, max(2.0 * min(one_sided, 1.0 - one_sided), floor))
-    return PairedDifference(mean, low, high, p_value, BOOTSTRAP)
+    widening = math.sqrt(items / (items - 1))
+    bound = widening * student_quantile((1 + CONFIDENCE) / 2, items - 1)
+    low, high = (_quantile(drawn, curve.level(z)) for z in (-bound, bound))
+    p_value = max(2.0 * float(stdtr(items - 1, -abs(curve.score(_normal_rank(drawn, 0.0))) / widening)), floor)
+    agreeing = max if low <= 0.0 <= high else min  # beyond the few outermost means nothing finer can be read
+    return PairedDifference(mean, low, high, agreeing(p_value, 1 - CONFIDENCE), BOOTSTRAP)
 
 
 def _resampled(differences: Floats, weights: Floats, seed: int) -> Iterator[Floats]:

@@ -88,7 +88,7 @@ def mean_losses(
 @torch.inference_mode()
 def score(
     quantized: Decoder,
-    original: Decoder,
+    original: Decoder | None,
     sequences: Sequence[Tokens],
     hidden: npt.NDArray[np.float32] | None,
     advance: Callable[[int], None] = lambda n: None,
@@ -98,7 +98,7 @@ def score(
     Parameters
     ----------
     quantized, original
-        The two models; of the original only the head runs, and only where `hidden` is given.
+        The two models; of the original only the head runs. None where `hidden` is.
     sequences
         Token ids, int32 (length,) each.
     hidden
@@ -108,7 +108,7 @@ def score(
     for index, sequence in enumerate(sequences):
         tokens = token_tensor([sequence], quantized.device)
         states = final_hidden(quantized, tokens)
-        if hidden is None:
+        if hidden is None or original is None:
             loss = np.concatenate(list(_losses(quantized, states, tokens)))
             scores.append(SequenceScores(loss.size, float(loss.mean(dtype=np.float64))))
         else:

@@ -110,6 +110,11 @@ def score_language_task(
     return {**_group_scores(loaded, results, subtasks, task, items), "path": model.path}, items
 
 
+def compared_as_loss(aggregation: str) -> bool:
+    """Return whether `item_loss` makes losses of a metric's items, so that two models differ by losses."""
+    return aggregation == "perplexity" or aggregation in WEIGHTED
+
+
 def item_loss(value: float, weight: float, aggregation: str) -> tuple[float, float]:
     """Return an item's value such that metrics are weighted means of it, and its weight; perplexities become losses.
 
@@ -128,7 +133,7 @@ def mean_error(items: Sequence[tuple[float, float]], aggregation: str) -> float 
     Of a mean that of the sample; of a perplexity, an exponential of a mean or of a ratio of means, the first order of
     its expansion.
     """
-    if len(items) < 2 or aggregation not in ("mean", "perplexity", *WEIGHTED):
+    if len(items) < 2 or not (aggregation == "mean" or compared_as_loss(aggregation)):
         return None
     losses = np.array([item_loss(value, weight, aggregation) for value, weight in items], dtype=np.float64)
     mean = float(losses[:, 0] @ losses[:, 1] / losses[:, 1].sum())

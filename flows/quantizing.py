@@ -88,13 +88,17 @@ def chosen_checkpoint(
 def random_checkpoints(
     recipe: Recipe, execution: Execution, measured: Measured, place: dict[str, Any], inputs: Inputs
 ) -> tuple[Any, ...]:
-    """Quantise with random sets of the same size; there are none where no samples are read, or they are random."""
-    own = recipe.selection
+    """Quantise with random sets of the same size; there are none where no samples are read, or they are random.
+
+    Texts judge them all, tasks the first.
+    """
+    own, judged = recipe.selection, recipe.evaluation
     if not recipe.quantization.calibrated or own.selector == "random":
         return ()
+    scored = int(bool(judged.tasks) and "random" in judged.task_models)
     found = []
-    for seed in range(recipe.evaluation.random):
-        label = "random" if recipe.evaluation.random == 1 else f"random {seed}"
+    for seed in range(judged.random if judged.texts else min(judged.random, scored)):
+        label = "random" if judged.random == 1 else f"random {seed}"
         wanted = Selection(selector="random", budget=own.budget, seed=seed)
         parts = selection_inputs(wanted, recipe.pool.samples, pool=measured.pool, outliers=None, statistics=())
         order = execution.run(f"{label} choice", order_samples, **parts)

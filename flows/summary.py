@@ -138,7 +138,7 @@ def _task_summary(task: EvaluatedTask, store: ArtifactStore) -> dict[str, Any]:
     }
     found = {model: read_task_scores(store, ref) for model, ref in done.items()}
     for each in found.values():
-        shown = ("metric", "shots", "limit", "items", "higher_is_better")
+        shown = ("metric", "aggregation", "shots", "limit", "items", "higher_is_better")
         value |= {name: each[name] for name in shown}
     value["scores"] = {
         model: {name: each[name] for name in ("value", "error", "metrics", "subtasks")} for model, each in found.items()
@@ -179,7 +179,7 @@ def layers_summary(
     found = None
     words = f"{recipe.quantization.method} reads no chosen sample, so no error here comes from what they miss."
     if recipe.quantization.calibrated:
-        found = rank_correlation([row["uncovered_weight"] for row in seen], [row["run"] for row in seen])
+        found = rank_correlation(*_missed_and_error(missed, seen))
         words = explanation(seen, found)
     manifest = store.manifest(chain.layers[1])
     return {
@@ -189,6 +189,16 @@ def layers_summary(
         "correlation": None if found is None else {"spearman": found[0], "p_value": found[1]},
         "explanation": words,
     }
+
+
+def _missed_and_error(
+    sites: Sequence[dict[str, Any]], linears: Sequence[dict[str, Any]]
+) -> tuple[list[float], list[float]]:
+    """Return what every input misses and the mean error of the linears that read it: they miss it together."""
+    errors = {(row["block"], row["kind"]): row["run"] for row in linears}
+    read = [[errors[key] for name in site["linears"] if (key := (site["block"], name)) in errors] for site in sites]
+    pairs = [(site["uncovered_weight"], float(np.mean(mine))) for site, mine in zip(sites, read, strict=True) if mine]
+    return [weight for weight, _ in pairs], [error for _, error in pairs]
 
 
 def models_summary(recipe: Recipe, chain: Chain) -> list[dict[str, str]]:
@@ -248,17 +258,17 @@ def result_table(summary: dict[str, Any]) -> Table:
     """Return the verdict: one column per model, one row per measure."""
     table = Table(box=None, pad_edge=False, title_justify="left", header_style="bold")
     models = [each["id"] for each in summary["models"]]
-    for name in ("", *(each["name"] for each in summary["models"])):
+    for name in ("", *(escape(each["name"]) for each in summary["models"])):
         table.add_column(name, justify="left" if not name else "right")
     for text in summary["evaluation"]:
         columns = [text[name]["all"] for name in models]
         if text["kind"] == "divergence":
             table.add_row("KL, nats per token ± 95%", *(_measured(c, "divergence") for c in columns))
             table.add_row("same top token", *(f"{c['agreement']:.1%}" for c in columns))
-        table.add_row(f"perplexity, {text['text']}", *(f"{c['perplexity']:.2f}" for c in columns))
+        table.add_row(escape(f"perplexity, {text['text']}"), *(f"{c['perplexity']:.2f}" for c in columns))
     for task in summary["tasks"]:
         label = f"{task['task']}, {task['metric']} ± 95%" if "metric" in task else task["task"]
-        table.add_row(label + first_set_words(task), *(_score(task, name) for name in models))
+        table.add_row(escape(label + first_set_words(task)), *(_score(task, name) for name in models))
     sizes = summary["quantization"]
     weighs = {"original": sizes["original_bytes_16_bit"], "nearest": sizes["nearest_bytes"]}
     cells = [f"{weighs.get(name, sizes['bytes']) / 1e6:.0f} MB" for name in models]

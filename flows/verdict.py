@@ -32,18 +32,25 @@ def verdict(recipe: Recipe, summary: dict[str, Any]) -> str:
 def _of_choice(recipe: Recipe, text: dict[str, Any], measure: str, shown: str) -> str:
     """Return whether the chosen samples did better than random ones, by the interval of the paired difference."""
     selection, random = recipe.selection, text["random"]
-    change = text["run"]["all"][shown] / random["all"][shown] - 1.0
+    ours, theirs = text["run"]["all"][shown], random["all"][shown]
     sets = len(random["seeds"])
     rivals = f"{selection.budget} random samples" if sets == 1 else f"{sets} random sets of {selection.budget}"
     found = text["differences"]["random"][measure]
-    start = f"Chosen by {selection.selector}: {abs(change):.1%} {'below' if change <= 0 else 'above'} {rivals}"
-    start += f" ({_number(random['all'][shown])})"
+    share = f"{abs(ours / theirs - 1.0):.1%} " if theirs else ""
+    start = f"Chosen by {selection.selector}: {share}{'below' if ours <= theirs else 'above'} {rivals}"
+    start += f" ({_number(theirs)})"
+    if ours == theirs:
+        return f"Chosen by {selection.selector}: the same as {rivals}."
     if found["low"] is None or found["high"] is None:
-        return f"{start}; one sequence says nothing about noise."
+        return f"{start}; so few sequences say nothing about noise."
     if found["low"] <= 0.0 <= found["high"]:
         return f"{start}, which is within the noise."
-    only = "; other random sets may differ more" if sets == 1 else ""
-    return f"{start}, more than the noise of the text{only}."
+    if sets == 1:
+        return f"{start}, more than the noise of the text; other random sets may differ more."
+    beaten = sum(ours < value for value in random["values"])
+    if 0 < beaten < sets:
+        return f"{start}, more than the noise of the text, but within the spread of the sets: below {beaten} of them."
+    return f"{start}, more than the noise of the text, and {'below' if beaten else 'above'} each of them."
 
 
 def _of_tasks(tasks: Sequence[dict[str, Any]]) -> str:
@@ -97,9 +104,9 @@ def _of_rows(rows: Sequence[dict[str, Any]]) -> str:
     better = sorted((row for row in clear if row["difference"] < 0), key=_change)
     worse = [row for row in clear if row["difference"] > 0]
     count = f"By more than noise, {len(better)} of {len(compared)} rows are better than random choice of the same size "
-    count += f"and {len(worse)} worse (95% intervals)"
+    count += f"and {len(worse)} worse (95% intervals; of rows without a difference chance alone shows one in 20)"
     if better:
-        count += f"; the clearest gain: {_row_words(better[0])}, {_change(better[0]):+.1%}"
+        count += f"; the largest gain: {_row_words(better[0])}, {_change(better[0]):+.1%}"
     elif len(compared) > 1:
         count += "; choosing made no difference that can be shown"
     return f"{count}."
@@ -147,7 +154,3 @@ def explanation(linears: Sequence[dict[str, Any]], correlation: tuple[float, flo
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2g}"

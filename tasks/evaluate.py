@@ -30,6 +30,7 @@ SCORES = "scores.json"
 SEQUENCES = "sequences.parquet"
 PER_TOKEN = ("loss", "divergence", "agreement")
 FLOAT_BYTES = 4
+MOST_NATS = 709.0  # the largest loss that has a perplexity in float64
 SHOWN = 5  # sequences that an error names
 
 
@@ -55,7 +56,9 @@ def reference_text(
     found = reference_outputs(
         decoder, sequences, keep_hidden=keep_hidden, advance=build.progress(len(sequences), "sequences")
     )
-    _check_numbers([np.isfinite(row).all() for row in found.losses], f"The original model {model.name}")
+    _check_numbers(
+        [abs(row.mean(dtype=np.float64)) < MOST_NATS for row in found.losses], f"The original model {model.name}"
+    )
     write_array(build.folder / LOSSES, found.losses)
     if found.hidden is not None:
         write_array(build.folder / HIDDEN, found.hidden)
@@ -82,25 +85,28 @@ def evaluate_text(
     """Load a checkpoint the way its users will, and score it on one text."""
     from covercal.evaluation import score
 
-    original = original_decoder(build.store, model, imported, dtype, device)
+    original = hidden = None
+    if reference is not None:
+        original = original_decoder(build.store, model, imported, dtype, device)
+        hidden = _hidden(build.store.path(reference))
     quantized = checkpoint_decoder(build.store, checkpoint.ref, dtype, device)
     sequences = sample_tokens(build.store, texts.ref)
-    hidden = _hidden(build.store.path(reference)) if reference is not None else None
     scores = score(quantized, original, sequences, hidden, advance=build.progress(len(sequences), "sequences"))
     asked = ("loss", "divergence") if hidden is not None else ("loss",)
-    numbers = [all(math.isfinite(getattr(each, name)) for name in asked) for each in scores]
+    numbers = [all(abs(getattr(each, name)) < MOST_NATS for name in asked) for each in scores]
     _check_numbers(numbers, f"The quantised model {checkpoint.ref.short}")
     _write_scores(build, texts.ref, scores)
     return {"tokens": sum(s.tokens for s in scores)}
 
 
-def _check_numbers(finite: Sequence[Any], model: str) -> None:
-    """Raise unless a model gave numbers on every sequence; `finite` says it of each."""
-    wrong = [str(sequence) for sequence, each in enumerate(finite) if not each]
+def _check_numbers(sound: Sequence[Any], model: str) -> None:
+    """Raise unless a model gave numbers that can be worked with on every sequence; `sound` says it of each."""
+    wrong = [str(sequence) for sequence, each in enumerate(sound) if not each]
     if wrong:
         named = ", ".join(wrong[:SHOWN]) + (", …" if len(wrong) > SHOWN else "")
         raise EvaluationError(
-            f"{model} gives NaN or infinity on {len(wrong)} of {len(finite)} sequences of a text ({named}); "
+            f"{model} gives NaN, infinity or a loss of over {MOST_NATS:.0f} nats a token on {len(wrong)} of "
+            f"{len(sound)} sequences of a text ({named}); "
             "a wider dtype (model.dtype: bfloat16 or float32) usually cures an overflow, not a damaged weight."
         )
 

@@ -35,7 +35,7 @@ class Shown:
         return {"summary": hashlib.sha256(canonical_json(plain)).hexdigest()}
 
 
-@cached("report", version=1, ignored=("parts",))
+@cached("report", version=2, ignored=("parts",))
 def draw_figures(build: Build, *, shown: Shown, parts: tuple[Ref, ...]) -> dict[str, Any]:
     """Draw the figures of a run; `parts` are the artifacts that the numbers come from."""
     from tasks.report import run_figures

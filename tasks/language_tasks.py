@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SCORES = "scores.json"
 ITEMS = "items.parquet"
+NO_ITEMS = "none: a metric of all items at once"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,8 @@ def compare_tasks(store: ArtifactStore, a: Ref, b: Ref) -> dict[str, Any]:
     -------
     `mean` of a - b, `low` and `high` (95%; None where not known), `p_value`, `test`, and the `metric` compared: itself,
     or of a perplexity its loss in nats an item or a word; a difference of that is the logarithm of the perplexities'
-    ratio.
+    ratio. A metric that is made of all items at once, such as mcc or bleu, has no items to compare: all but `metric`
+    and `test` are None.
 
     Raises
     ------
@@ -168,6 +170,7 @@ def compare_tasks(store: ArtifactStore, a: Ref, b: Ref) -> dict[str, Any]:
         When the two are not scored on the same items.
     """
     from covercal.comparison import paired_difference
+    from covercal.language_tasks import compared_as_loss
 
     scores = read_task_scores(store, a)
     metric, aggregation = scores["metric"], scores["aggregation"]
@@ -177,11 +180,12 @@ def compare_tasks(store: ArtifactStore, a: Ref, b: Ref) -> dict[str, Any]:
         raise InputError(
             f"Task {scores['task']} was not scored on the same items: {only[0]}, item {only[1]}, is not in both."
         )
-    weights = _weights(ours, scores)
+    if not ours:
+        return {**dict.fromkeys(("mean", "low", "high", "p_value")), "test": NO_ITEMS, "metric": metric}
     difference = paired_difference(
-        [value for value, _ in ours.values()], [theirs[item][0] for item in ours], weights=weights
+        [value for value, _ in ours.values()], [theirs[item][0] for item in ours], weights=_weights(ours, scores)
     )
-    return {**difference.plain(), "metric": metric if aggregation == "mean" else f"{metric} as loss"}
+    return {**difference.plain(), "metric": f"{metric} as loss" if compared_as_loss(aggregation) else metric}
 
 
 ItemName = tuple[str, int, str, str, str]  # subtask, number, and hashes of document, prompt and target

@@ -19,7 +19,7 @@ ERRORS = "errors.json"
 
 @cached(
     "layer_errors",
-    version=1,
+    version=2,
     ignored=("imported", "device"),
     names={"dtype": "model.dtype", "limit": "evaluation.layers"},
 )
@@ -34,12 +34,15 @@ def measure_layers(
     dtype: "Dtype",
     device: str,
 ) -> dict[str, Any]:
-    """Run the original over the first sequences of a text, and every linear of a checkpoint beside its own."""
+    """Run the original over the first sequences of a text, and every linear of a checkpoint beside its own.
+
+    The sequences of a text with several domains lie in turns, so that the first are of all of them.
+    """
     from covercal.layer_errors import linear_errors
 
     original = original_decoder(build.store, model, imported, dtype, device)
     quantized = checkpoint_decoder(build.store, checkpoint.ref, dtype, device)
-    sequences = spread(sample_tokens(build.store, texts.ref), limit)
+    sequences = sample_tokens(build.store, texts.ref)[:limit]
     found = linear_errors(original, quantized, sequences, build.progress(len(sequences), "sequences"))
     blocks = {original.full_name(site, name): site.block for site in original.sites for name in site.linears}
     rows = [
@@ -53,12 +56,6 @@ def measure_layers(
     ]
     (build.folder / ERRORS).write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return {"tokens": sum(len(each) for each in sequences)}
-
-
-def spread(found: list[Any], limit: int) -> list[Any]:
-    """Return `limit` entries spread evenly over a list: the sequences of a text lie domain by domain."""
-    count = min(limit, len(found))
-    return [found[i * len(found) // count] for i in range(count)]
 
 
 def read_layer_errors(store: ArtifactStore, ref: Ref) -> list[dict[str, Any]]:

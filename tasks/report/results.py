@@ -273,8 +273,14 @@ def task_groups(summary: Summary) -> list[ResultGroup]:
     return [ResultGroup("", rows)] if rows else []
 
 
+def in_shares(task: Mapping[str, Any]) -> bool:
+    """Return whether a task's scores are shares of its items: means of what is right or wrong."""
+    values = [s["value"] for s in task["scores"].values() if known(s.get("value"))]
+    return task.get("aggregation", "mean") == "mean" and all(0 <= value <= 1 for value in values)
+
+
 def _task_row(task: Mapping[str, Any]) -> ResultRow:
-    share = all(0 <= s["value"] <= 1 for s in task["scores"].values() if known(s.get("value")))
+    share = in_shares(task)
     shown = _share if share else _plain
     values = {m: shown({"v": s.get("value"), "v_error": s.get("error")}, "v") for m, s in task["scores"].items()}
     better = bool(task.get("higher_is_better", True))
@@ -288,8 +294,12 @@ def _task_row(task: Mapping[str, Any]) -> ResultRow:
     items = f"{task['items']:,} items" if known(task.get("items")) else ""
     sets = task.get("random_sets") or 1
     first = f"of {sets} random sets the first" if sets > 1 and "random" in task["scores"] else ""
-    tests = sorted({d["test"] for d in (task.get("differences") or {}).values() if d.get("test")})
-    remark = "; ".join(part for part in (one_line(task["metric"], 40), shots, items, limit, first, *tests) if part)
+    differences = (task.get("differences") or {}).values()
+    tests = sorted({d["test"] for d in differences if d.get("test")})
+    units = sorted({d["metric"] for d in differences if d.get("metric") not in (None, task["metric"])})
+    told = [f"differences in {one_line(each, 40)}" for each in units]
+    parts = (one_line(task["metric"], 40), shots, items, limit, first, *tests, *told)
+    remark = "; ".join(part for part in parts if part)
     return ResultRow(one_line(task["task"], 60), remark, values, found)
 
 

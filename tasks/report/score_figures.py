@@ -9,6 +9,7 @@ from tasks.report.dots import MARKS, Dot, DotRow, dot_plot, dot_plot_height, mod
 from tasks.report.drawing import WIDTH, Sheet, fitting, rendered
 from tasks.report.figure import Figure, Plan, Summary, Table
 from tasks.report.numerals import half_width, known, number, one_line, percent, percent_span, plural, span
+from tasks.report.results import in_shares
 
 MOST_ROWS = 24
 
@@ -207,7 +208,7 @@ def task_scores(summary: Summary) -> list[Figure]:
     ]
     names = models_of(summary, {model for row in rows for model in row.dots})
     metrics = sorted({str(task["metric"]) for task in tasks})
-    shares = all(0 <= dot.value <= 1 for row in rows for dot in row.dots.values() if known(dot.value))
+    shares = all(map(in_shares, tasks))
 
     def draw(sheet: Sheet) -> None:
         words = one_line(", ".join(metrics), 40)

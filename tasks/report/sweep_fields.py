@@ -10,7 +10,8 @@ from tasks.report.figure import Summary
 from tasks.report.numerals import known, one_line
 
 SELECTOR, BUDGET = "selection.selector", "selection.budget"
-SEEDS = ("selection.seed", "pool.seed")
+POOL_SEED = "pool.seed"
+SEEDS = ("selection.seed", POOL_SEED)
 RANDOM = "random"
 
 

@@ -1,6 +1,7 @@
 """Figures of a sweep: what a choice is worth against random choice, and whether coverage tells."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from covercal.comparison import rank_correlation
@@ -9,6 +10,7 @@ from tasks.report.figure import Figure, Plan, Summary, Table
 from tasks.report.numerals import alike, decimals, known, number, one_line, percent, plural
 from tasks.report.sweep_fields import (
     BUDGET,
+    POOL_SEED,
     SELECTOR,
     cell_fields,
     ends_of,
@@ -156,12 +158,14 @@ def _without_relation(summary: Summary) -> str:
 def coverage_and_quality(summary: Summary) -> list[Figure]:
     """Draw the main number of every cell against its weighted coverage, a mark for each budget."""
     points = _scored(summary)
-    groups: dict[tuple[str, Any], list[tuple[float, float]]] = {}
+    groups: Groups = {}
+    pools: dict[tuple[str, Any], dict[Any, list[tuple[float, float]]]] = {}
     for fields, covered, main in points:
-        groups.setdefault((panel_of(fields), fields.get(BUDGET)), []).append((covered, main))
+        key = panel_of(fields), fields.get(BUDGET)
+        groups.setdefault(key, []).append((covered, main))
+        pools.setdefault(key, {}).setdefault(fields.get(POOL_SEED), []).append((covered, main))
     measure = one_line(summary["measure"], 60)
-    found = {key: rank_correlation(*zip(*group, strict=True)) for key, group in groups.items() if len(group) > 4}
-    ranks = {key: each[0] for key, each in found.items() if each is not None}
+    ranks = {key: rank for key, each in pools.items() if (rank := _mean_rank(each.values())) is not None}
     panels = list(dict.fromkeys(panel for panel, _ in groups))
     several = len(panels) > 1
     words = {key: _group_words(key, several) for key in groups}
@@ -178,11 +182,18 @@ def coverage_and_quality(summary: Summary) -> list[Figure]:
     return [rendered("coverage-quality", title, caption, alt, table, height, draw)]
 
 
+def _mean_rank(pools: Iterable[list[tuple[float, float]]]) -> float | None:
+    """Return the mean over pools of the rank correlation inside each, for one pool may be harder than another."""
+    found = [rank_correlation(*zip(*cells, strict=True)) for cells in pools if len(cells) > 4]
+    ranks = [each[0] for each in found if each is not None]
+    return math.fsum(ranks) / len(ranks) if ranks else None
+
+
 def _rank_words(ranks: dict[tuple[str, Any], float], words: dict[tuple[str, Any], str]) -> str:
-    """Say how coverage and score go together among sets of one size."""
+    """Say how coverage and score go together among sets of one pool and size."""
     if not ranks:
-        return "Too few sets of one size for a correlation."
-    said = "Rank correlation of coverage and score among sets of one size (negative: more coverage, lower score)"
+        return "Too few sets of one pool and size for a correlation."
+    said = "Rank correlation of coverage and score among sets of one pool and size (negative: more cover, lower score)"
     if len(ranks) <= 3:
         return f"{said}: " + "; ".join(f"{words[key]} {_signed(value)}" for key, value in ranks.items()) + "."
     below = sum(value < 0 for value in ranks.values())

@@ -129,7 +129,7 @@ def _draw_panels(sheet: Sheet, panels: Panels, names: list[str], measure: str, s
         for name in [each for each in names if each in lines]:
             colour, style = _style(name, names)
             _line(sheet, axes, lines[name], colour, style)
-            ends.append((name, colour, lines[name][-1]))
+            ends.append((name, colour, style["marker"], lines[name][-1]))
         _label_ends(sheet, axes, ends, (left, top, width, height), budgets)
         sheet.text(8, top - 16, panel_words(panel) or measure, weight="bold")
         sheet.text(left + width / 2, top + height + 38, "samples chosen (log scale)", "muted", ha="center")
@@ -157,7 +157,7 @@ def _line(sheet: Sheet, axes: Any, points: list[Point], colour: str, style: dict
 def _label_ends(
     sheet: Sheet,
     axes: Any,
-    ends: list[tuple[str, str, Point]],
+    ends: list[tuple[str, str, str, Point]],
     place: tuple[float, float, float, float],
     budgets: list[int],
 ) -> None:
@@ -166,14 +166,12 @@ def _label_ends(
 
     left, top, width, height = place
     low, high = axes.get_ylim()
-    own = [top + height * (1 - (point[1] - low) / (high - low)) for _, _, point in ends]
-    names = [name for name, _, _ in ends]
-    for (name, colour, _), start, y in zip(ends, own, spread(own, 17, top, top + height), strict=True):
-        _, style = _style(name, sorted(names, key=lambda each: each != RANDOM))
+    own = [top + height * (1 - (point[1] - low) / (high - low)) for *_, point in ends]
+    for (name, colour, marker, _), start, y in zip(ends, own, spread(own, 17, top, top + height), strict=True):
         ys = [1 - (each + sheet.head) / sheet.height for each in (start, start, y, y)]
         xs = [(left + width + dx) / WIDTH for dx in (3, 5, 12, 15)]
         sheet.paper.add_artist(Line2D(xs, ys, color=sheet.colours[colour], linewidth=0.8))
-        mark: dict[str, Any] = {"marker": style["marker"] or "_", "markersize": 6, "color": sheet.colours[colour]}
+        mark: dict[str, Any] = {"marker": marker or "_", "markersize": 6, "color": sheet.colours[colour]}
         sheet.paper.add_artist(Line2D([(left + width + 20) / WIDTH], [ys[2]], linestyle="none", **mark))
         sheet.text(left + width + 28, y, fitting(name, WIDTH - left - width - 30), colour, size=12.7)
 

@@ -15,8 +15,8 @@ from scipy.stats import binomtest, bootstrap, norm, spearmanr, t
 from covercal import comparison
 from covercal.comparison import (
     BOOTSTRAP,
+    FEW_ITEMS,
     MCNEMAR,
-    ONE_ITEM,
     mcnemar,
     paired_difference,
     rank_correlation,
@@ -26,6 +26,13 @@ from covercal.comparison import (
 from covercal.errors import InputError
 
 Floats = npt.NDArray[np.float64]
+
+
+def widened(items: int) -> float:
+    """Return the confidence at which an interval of normal quantiles is as wide as this one."""
+    return float(2 * norm.cdf(t.ppf(0.975, items - 1) * math.sqrt(items / (items - 1))) - 1)
+
+
 bits = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=60)
 
 
@@ -112,8 +119,9 @@ def test_the_bootstrap_interval_is_scipys_of_the_same_drawing(seed: int) -> None
     ours, theirs = skewed(40, seed)
     found = paired_difference(ours, theirs, seed=seed)
     draw = np.random.default_rng(seed)
+    count, level = comparison.RESAMPLES, widened(40)
     expected = bootstrap(
-        (ours - theirs,), np.mean, n_resamples=comparison.RESAMPLES, method="BCa", rng=draw
+        (ours - theirs,), np.mean, n_resamples=count, method="BCa", rng=draw, confidence_level=level
     ).confidence_interval
     assert found.test == BOOTSTRAP
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
@@ -135,16 +143,16 @@ def test_the_interval_of_a_weighted_mean_is_scipys_of_the_ratio() -> None:
         return np.asarray(total.sum(axis=axis) / weight.sum(axis=axis))
 
     draw = np.random.default_rng(0)
-    count = comparison.RESAMPLES
+    count, level, both = comparison.RESAMPLES, widened(50), (weights * (ours - theirs), weights)
     expected = bootstrap(
-        (weights * (ours - theirs), weights), ratio, paired=True, n_resamples=count, method="BCa", rng=draw
+        both, ratio, paired=True, n_resamples=count, method="BCa", rng=draw, confidence_level=level
     ).confidence_interval
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
 
 
 def test_zeros_and_ones_with_weights_are_a_weighted_mean() -> None:
-    found = paired_difference([1, 1, 0, 1], [0, 1, 1, 0], weights=[1, 2, 3, 4])
-    assert (found.mean, found.test) == (pytest.approx((1 - 3 + 4) / 10), BOOTSTRAP)
+    found = paired_difference([1, 1, 0, 1, 0, 1], [0, 1, 1, 0, 0, 1], weights=[1, 2, 3, 4, 5, 5])
+    assert (found.mean, found.test) == (pytest.approx((1 - 3 + 4) / 20), BOOTSTRAP)
 
 
 def test_equal_weights_are_no_weights() -> None:
@@ -160,9 +168,9 @@ def test_the_probability_is_below_5_percent_just_where_the_interval_leaves_out_z
     edge = paired_difference(ours, theirs).low
     inside, outside = (paired_difference(ours, theirs + edge + step) for step in (0.01, -0.01))
     assert inside.low < 0 < inside.high
-    assert inside.p_value > 0.05
+    assert inside.p_value >= 1 - comparison.CONFIDENCE
     assert outside.low > 0
-    assert outside.p_value < 0.05
+    assert outside.p_value <= 1 - comparison.CONFIDENCE
 
 
 def test_the_probability_of_many_even_items_is_that_of_the_t_test() -> None:
@@ -231,9 +239,26 @@ def test_two_equal_models_differ_significantly_about_once_in_20(monkeypatch: pyt
 
 def test_a_single_item_has_a_difference_and_no_interval() -> None:
     found = paired_difference([2.5], [1.0])
-    assert (found.mean, found.p_value, found.test) == (1.5, 1.0, ONE_ITEM)
+    assert (found.mean, found.p_value, found.test) == (1.5, 1.0, FEW_ITEMS)
     assert math.isnan(found.low)
     assert math.isnan(found.high)
+
+
+@pytest.mark.parametrize("items", [2, 3, 5])
+def test_fewer_items_than_signs_could_tell_apart_have_no_interval(items: int) -> None:
+    found = paired_difference(*skewed(items, 0))
+    assert (found.p_value, found.test) == (1.0, FEW_ITEMS)
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+
+
+@pytest.mark.parametrize("items", [6, 8, 12])
+def test_the_interval_of_a_few_items_holds_the_truth_nearly_19_times_in_20(
+    items: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "RESAMPLES", 999)
+    found = [paired_difference(np.random.default_rng(seed).normal(size=items), np.zeros(items)) for seed in range(400)]
+    assert 0.90 <= np.mean([each.low <= 0 <= each.high for each in found]) <= 0.985
 
 
 def test_models_that_are_the_same_do_not_differ() -> None:
@@ -241,7 +266,7 @@ def test_models_that_are_the_same_do_not_differ() -> None:
     assert (found.mean, found.low, found.high, found.p_value) == (0.0, 0.0, 0.0, 1.0)
 
 
-@pytest.mark.parametrize("items", [2, 5, 12])
+@pytest.mark.parametrize("items", [6, 12])
 def test_one_difference_on_every_item_is_as_likely_as_all_signs_falling_one_way(items: int) -> None:
     theirs = np.arange(items) + 2.0
     found = paired_difference(theirs + 0.5, theirs)
@@ -250,7 +275,8 @@ def test_one_difference_on_every_item_is_as_likely_as_all_signs_falling_one_way(
 
 
 def test_a_few_items_never_say_more_than_their_signs_can() -> None:
-    assert paired_difference([1.0, 2.0, 3.5], [0.5, 1.1, 1.0]).p_value == pytest.approx(0.25)
+    ours = np.array([1.0, 2.0, 3.5, 1.7, 2.1, 2.2])
+    assert paired_difference(ours, ours - [0.5, 0.51, 0.5, 0.52, 0.5, 0.5]).p_value == pytest.approx(2**-5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -282,7 +308,7 @@ def test_what_cannot_be_compared_is_refused(
 
 def test_what_is_no_number_is_null_in_json() -> None:
     assert paired_difference([0.5], [0.25]).plain() == {
-        "mean": 0.25, "low": None, "high": None, "p_value": 1.0, "test": ONE_ITEM
+        "mean": 0.25, "low": None, "high": None, "p_value": 1.0, "test": FEW_ITEMS
     }  # fmt: skip
 
 

@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from covercal.pool import Sample, spread_over_domains
 from covercal.recipe import load_recipe
 from flows.chain import Chain, run_chain
 from flows.dashboard import result_rows
 from flows.execution import FAILED, Direct, Event, Failed, Recorder
 from flows.inputs import identify
 from flows.report import conclude
-from flows.summary import quantization_summary, result_table
+from flows.summary import _missed_and_error, quantization_summary, result_table
 from storage.artifacts import ArtifactStore
+from storage.manifest import Ref
 from storage.tables import read_table
-from tasks.layers import read_layer_errors
+from tasks.cached import Build, ByDigest
+from tasks.layers import measure_layers, read_layer_errors
 from tasks.quantize import LINEARS
 from tasks.report import run_left_out, run_page
 from tasks.report.results import task_groups
@@ -47,6 +50,18 @@ def run_here(path: Path, store: ArtifactStore, *overrides: str) -> tuple[Chain, 
     execution = Direct(store, recorder)
     chain = run_chain(recipe, identify(recipe, store), execution, until="report")
     return chain, conclude(recipe, chain, execution, recorder.events, until="report").summary, recorder.events
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "shown"), [("mean", ("81.0%", "+12.0%")), ("bits_per_byte", ("0.8100", "+0.1200"))]
+)
+def test_only_means_of_answers_are_shown_as_shares(aggregation: str, shown: tuple[str, str]) -> None:
+    task = {"task": "t", "metric": "m", "aggregation": aggregation, "scores": {"run": {"value": 0.81, "error": None}}}
+    difference = {"mean": 0.12, "low": None, "high": None, "metric": "m as loss"}
+    (group,) = task_groups({"tasks": [{**task, "differences": {"original": difference}}]})
+    (row,) = group.rows
+    assert (row.values["run"].text, row.differences["original"].text) == shown
+    assert row.remark == "m; differences in m as loss"
 
 
 def test_a_failed_task_loses_none_of_the_others_and_is_told(
@@ -219,6 +234,19 @@ def test_a_checkpoint_is_loaded_once_for_all_texts_and_once_for_all_tasks(
     assert [set(each["scores"]) for each in summary["tasks"]] == [{"original", "run"}] * 2
 
 
+@pytest.mark.parametrize(("models", "sets"), [(["original", "random", "run"], 1), (["original", "run"], 0)])
+def test_no_random_set_is_quantised_that_nothing_judges(
+    write_recipe: WriteRecipe, store: ArtifactStore, tasks: list[dict[str, Any]], models: list[str], sets: int
+) -> None:
+    evaluation = {"divergence": [], "tasks": tasks[:1], "task_models": models, "random": 2, "layers": 0}
+    recipe = load_recipe(write_recipe(evaluation=evaluation))
+    recorder = Recorder()
+    run_chain(recipe, identify(recipe, store), Direct(store, recorder), until="report")
+    assert [event.label for event in recorder.events if event.label.startswith("random")] == (
+        ["random 0 choice", "random 0"] * sets
+    )
+
+
 def test_random_sets_are_left_out_where_nothing_reads_samples_or_the_choice_is_random(
     write_recipe: WriteRecipe, store: ArtifactStore
 ) -> None:
@@ -227,6 +255,24 @@ def test_random_sets_are_left_out_where_nothing_reads_samples_or_the_choice_is_r
         chain, summary, _ = run_here(path, store, override)
         assert chain.texts[0].random == ()
         assert "random" not in {each["id"] for each in summary["models"]}
+
+
+def test_linears_are_measured_on_the_first_sequences_which_are_of_all_domains(
+    tmp_path: Path, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [Sample(np.array([i]), "abc"[i // 8], (str(i),)) for i in range(24)]
+    tokens = [each.tokens for each in spread_over_domains(samples, 24)]
+    monkeypatch.setattr("tasks.layers.sample_tokens", lambda *_: tokens)
+    for name in ("original_decoder", "checkpoint_decoder"):
+        monkeypatch.setattr(f"tasks.layers.{name}", lambda *_: SimpleNamespace(sites=[]))
+    read: list[int] = []
+    monkeypatch.setattr(
+        "covercal.layer_errors.linear_errors", lambda a, b, found, _: read.extend(int(each[0]) for each in found) or {}
+    )
+    given = {"checkpoint": ByDigest(Ref("checkpoint", "k", "d")), "texts": ByDigest(Ref("texts", "k", "d")), "limit": 8}
+    place: dict[str, Any] = {"model": None, "imported": None, "dtype": "float32", "device": "cpu"}
+    measure_layers.build(Build(tmp_path, store, "layers", tmp_path), **given, **place)
+    assert [i // 8 for i in read] == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
 def test_linears_err_on_held_out_inputs_about_as_on_those_they_were_calibrated_with(
@@ -274,6 +320,16 @@ def test_the_worst_linear_is_that_of_one_measure(
     assert found["worst_error"] == max(row[measure] for row in rows if row[measure] is not None)
     page = read(run_page(run_summary(quantization=found), []))
     assert shown in page.text
+
+
+def test_linears_of_one_input_count_once_beside_what_it_misses() -> None:
+    sites = [{"block": 0, "linears": ["q", "k"], "uncovered_weight": 0.5}]
+    sites += [
+        {"block": 0, "linears": ["o"], "uncovered_weight": 0.1},
+        {"block": 1, "linears": ["q"], "uncovered_weight": 0},
+    ]
+    linears = [{"block": 0, "kind": kind, "run": error} for kind, error in (("q", 1.0), ("k", 3.0), ("o", 0.5))]
+    assert _missed_and_error(sites, linears) == ([0.5, 0.1], [2.0, 0.5])
 
 
 def test_errors_are_not_explained_by_samples_that_the_method_does_not_read(

@@ -15,12 +15,20 @@ def recipe(**selection: Any) -> Recipe:
     return parse_recipe({**RECIPE, "selection": {"budget": 32, **selection}}, Path("/"))
 
 
-def text(low: float | None, high: float | None, *, run: float = 0.4, kind: str = "divergence", seeds: int = 1) -> Any:
+def text(
+    low: float | None,
+    high: float | None,
+    *,
+    run: float = 0.4,
+    kind: str = "divergence",
+    seeds: int = 1,
+    values: Any = None,
+) -> Any:
     measure = "divergence" if kind == "divergence" else "loss"
     scores = {"original": 0.0, "nearest": 1.3, "random": 0.5, "run": run}
     value = {name: {"all": {"divergence": kl, "perplexity": 20 * (1 + kl)}} for name, kl in scores.items()}
     difference = {"mean": run - 0.5, "low": low, "high": high, "p_value": 0.01}
-    value["random"]["seeds"] = list(range(seeds))
+    value["random"] |= {"seeds": list(range(seeds)), "values": [0.5] * seeds if values is None else values}
     return {
         "text": "held.jsonl",
         "kind": kind,
@@ -56,10 +64,32 @@ def test_one_random_set_is_not_called_the_noise_of_random_sets() -> None:
     assert "5 random sets of 32" in verdict(recipe(), summary(text(-0.2, -0.01, seeds=5)))
 
 
-def test_one_sequence_has_no_interval_and_no_claim() -> None:
+@pytest.mark.parametrize(
+    ("run", "values", "words"),
+    [
+        (0.4, [0.41, 0.5, 0.6], "more than the noise of the text, and below each of them."),
+        (0.6, [0.41, 0.5, 0.59], "more than the noise of the text, and above each of them."),
+        (0.4, [0.39, 0.5, 0.6], "but within the spread of the sets: below 2 of them."),
+    ],
+)
+def test_several_random_sets_are_beaten_only_when_each_is(run: float, values: list[float], words: str) -> None:
+    sign = 1 if run > 0.5 else -1
+    low, high = sorted((sign * 0.2, sign * 0.01))
+    assert verdict(recipe(), summary(text(low, high, run=run, seeds=3, values=values))).endswith(words)
+
+
+def test_a_few_sequences_have_no_interval_and_no_claim() -> None:
     words = verdict(recipe(), summary(text(None, None)))
     assert "more than the noise" not in words
-    assert "one sequence" in words
+    assert "so few sequences" in words
+
+
+def test_random_samples_that_lose_nothing_are_no_divisor() -> None:
+    exact = text(0.0, 0.0, run=0.0)
+    exact["random"]["all"]["divergence"] = 0.0
+    assert verdict(recipe(), summary(exact)).endswith("Chosen by coverage: the same as 32 random samples.")
+    exact["run"]["all"]["divergence"] = 0.1
+    assert "above 32 random samples (0), which is" in verdict(recipe(), summary(exact))
 
 
 def test_divergence_speaks_before_perplexity() -> None:
@@ -110,7 +140,7 @@ def test_a_sweep_counts_only_what_is_more_than_noise() -> None:
     assert "2 cells failed" in sweep_verdict(recipe(), rows, 2, 0)
 
 
-def test_the_clearest_gain_is_a_share_of_random_choice_over_the_pools_that_both_have() -> None:
+def test_the_largest_gain_is_a_share_of_random_choice_over_the_pools_that_both_have() -> None:
     of_three_pools = {**row("a", 1.6, -0.1, 0.05), "random_mean": 1.0}  # and random choice has the two easy ones only
     rows = [row("random", 1.0, None, None), of_three_pools]
     assert "selector a, budget 8, -10.0%" in sweep_verdict(recipe(), rows, 0, 0)

@@ -20,7 +20,15 @@ from storage.manifest import Decision, Outcome, Ref
 from storage.tables import read_table, write_table
 from tasks.cached import Build, ByDigest, cached
 from tasks.identities import ModelIdentity, identify_model
-from tasks.language_tasks import ITEMS, SCORES, compare_tasks, identify_task, read_task_scores, score_task
+from tasks.language_tasks import (
+    ITEMS,
+    NO_ITEMS,
+    SCORES,
+    compare_tasks,
+    identify_task,
+    read_task_scores,
+    score_task,
+)
 from tasks.progress import Progress, listening
 from tests import tiny
 from tests.covercal.test_language_tasks import CHOICES, LAST_WORD, PAGES, items, write_task
@@ -271,6 +279,16 @@ def test_right_and_wrong_answers_are_compared_by_mcnemars_test(store: ArtifactSt
     assert found["p_value"] == pytest.approx(binomtest(8, 10).pvalue)
     assert found["low"] < 0.3 < found["high"]
     assert (found["test"].startswith("exact McNemar"), found["metric"]) == (True, "m")
+
+
+def test_a_metric_of_all_items_at_once_has_nothing_to_compare(store: ArtifactStore) -> None:
+    scores = {"task": "t", "metric": "m", "aggregation": "matthews_corrcoef"}
+    rows = [{"subtask": "all", "metric": "another", "item": 0, "value": "1", "weight": 1.0}]
+    rows = [{**row, "document": "d", "prompt": "p", "target": "t"} for row in rows]
+    refs = [written_scores.run(store, "scores", {"scores": scores, "rows": rows}).ref] * 2
+    assert compare_tasks(store, *refs) == {
+        "mean": None, "low": None, "high": None, "p_value": None, "test": NO_ITEMS, "metric": "m"
+    }  # fmt: skip
 
 
 def test_perplexities_are_compared_by_their_logarithms(store: ArtifactStore) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from tasks.report import Figure, sweep_figures, sweep_left_out
+from tasks.report.sweep_figures import coverage_and_quality
 from tests.tasks.report.summaries import sweep_summary
 
 
@@ -97,6 +98,18 @@ def test_a_sweep_without_random_or_budgets_says_so() -> None:
 def test_a_sweep_of_failures_alone_draws_nothing() -> None:
     failed = [{"fields": {"selection.budget": 8}, "error": "ValueError: no"}]
     assert sweep_figures(sweep_summary(rows=[], cells=failed)) == []
+
+
+def test_coverage_is_held_against_quality_inside_each_pool() -> None:
+    def cell(pool: int, place: int) -> dict[str, Any]:
+        fields = {"selection.selector": f"s{place}", "selection.budget": 8, "pool.seed": pool}
+        scores = [{"kind": "divergence", "run": {"divergence": pool - 0.1 * place}}]
+        return {"fields": fields, "measures": {"weighted_coverage": 0.2 * pool + 0.01 * place}, "scores": scores}
+
+    (figure,) = coverage_and_quality(
+        sweep_summary(cells=[cell(pool, place) for pool in range(3) for place in range(6)])
+    )
+    assert "8 samples −1.00." in figure.caption
 
 
 def test_twenty_selectors_get_twenty_looks() -> None:
