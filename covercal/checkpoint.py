@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
+from transformers.dynamic_module_utils import custom_object_save
 
 from covercal.decoder import DTYPES, Decoder, stays_wide
 from covercal.errors import QuantizationError
@@ -212,6 +213,8 @@ class CheckpointWriter:
             config.quantization_config = quantization_config(model, self.settings, quantized, self.format)
         config.dtype = self.storage_dtype
         config.architectures = [type(model).__name__]
+        if model.is_remote_code():
+            custom_object_save(model, folder, config=config)
         config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)

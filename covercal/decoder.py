@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -27,6 +28,18 @@ from covercal.transposed import Straightened, is_turned, straighten
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOKENS = 4
+POSITIONS_AHEAD = 2  # rows of a table of positions before that of the first token: OPT
+CONFIGURATION_ERRORS = (  # what transformers raises for a configuration that it can make nothing of
+    ValueError,
+    KeyError,
+    OSError,
+    ImportError,
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    ArithmeticError,
+    StrictDataclassError,
+)
 SMALL_SHARE = 0.05  # of the weights of a block's linears: what else has matrices may stay as it is
 SAME_HIDDEN = 1e-2  # between a model's own pass and its blocks one by one: nothing but the order of sums may differ
 
@@ -350,14 +363,31 @@ def describe_decoder(folder: Path, *, trust_remote_code: bool = False) -> Decode
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         with torch.device("meta"):
             model = loader_for(config).from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError, RuntimeError) as cause:
+    except CONFIGURATION_ERRORS as cause:
+        said = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise InputError(
-            f"transformers cannot make a model of {folder / 'config.json'}: {str(cause).strip().splitlines()[0]} "
+            f"transformers cannot make a model of {folder / 'config.json'}: {said} "
             "(a model that brings its own code needs model.trust_remote_code: true)."
         ) from cause
     path, blocks = find_blocks(model)
     check_blocks(model, blocks)
     return Decoder(model, path, blocks, ())
+
+
+def most_positions(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a model can read that looks their positions up in a table; None where there is none.
+
+    Rotary and linearly biased positions go on for ever; tables, learned or computed, end.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    tables = [
+        m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()
+    ]
+    tables += [each for each in model.buffers() if each.ndim == 2]
+    ends = any(most <= len(table) <= most + POSITIONS_AHEAD for table in tables)
+    return most if ends else None
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
@@ -387,7 +417,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
 
 
 def check_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
-    """Raise when much of a block lies outside `nn.Linear`: it would silently stay as it is.
+    """Raise when a block has no `nn.Linear`, or much of it lies outside: that would silently stay as it is.
 
     What is small stays unquantised: routers, and the short convolutions of hybrid models.
 
@@ -406,6 +436,11 @@ def check_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
             if parameter.squeeze().ndim >= 2 and not is_router(module, parameter)
         ]
         inside = sum(linear.weight.numel() for _, linear in _linears(block))
+        if not inside:
+            raise InputError(
+                f"Block {index} of {type(model).__name__} has no linear layer to quantise; covercal quantises models "
+                "all of whose blocks have some."
+            )
         if sum(size for size, *_ in outside) > SMALL_SHARE * inside:
             _, name, kind, shape = max(outside)
             raise InputError(

@@ -421,7 +421,7 @@ def _marked_state(skeleton: nn.Module) -> tuple[dict[str, Tensor], dict[int, str
             marks = torch.tensor([mark(f"{module}.{number}.{part}") for number in range(len(tensor))])
             rows = marks.reshape(-1, *[1] * (tensor.ndim - 1)).expand(-1, empty.shape[1], *[1] * (tensor.ndim - 2))
             parts.append(rows)
-        state[name] = layout.together(parts, bias=tensor.ndim == 2).expand(tensor.shape)
+        state[name] = layout.together(parts, bias=tensor.ndim == 2)  # other dimensions stay 1, or it would be large
     return state, origins
 
 

@@ -1,6 +1,7 @@
 """Where a model's files are, without loading it: hub id, folder or GGUF file -> paths. Imports no torch."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from covercal.recipe import Model
 
 WEIGHTS = "*.safetensors"
 INDEX = "model.safetensors.index.json"
+NOT_READ = ["*/*", "consolidated*"]  # by transformers, though they are safetensors files of the model
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CONFIGS = ("config.json", "generation_config.json")
 PROCESSOR = (  # of what is no text
@@ -23,6 +25,11 @@ TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "spm.model",
+    "tekken.json",
+    "tiktoken.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -32,6 +39,7 @@ TOKENIZER = (
     "chat_template.jinja",
     *PROCESSOR,
 )
+WIDE = ("F16", "BF16", "F32", "F64")  # what weights that are not quantised are stored as
 READS_MORE = "ForConditionalGeneration"  # end of an architecture that reads images or sound beside text
 
 
@@ -88,8 +96,7 @@ def block_count(folder: Path) -> int:
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """Return the safetensors files that transformers reads in a folder: those of the index, or the only one."""
     if (folder / INDEX).is_file():
-        names = set(_json_object(folder / INDEX)["weight_map"].values())
-        return tuple(folder / name for name in sorted(names))
+        return tuple(folder / name for name in _indexed(folder / INDEX))
     return (folder / "model.safetensors",)
 
 
@@ -114,6 +121,11 @@ def locate_model(model: Model) -> ModelFiles:
 def _gguf(path: Path) -> ModelFiles:
     if not path.is_file():
         raise InputError(f"model.source: there is no GGUF file {path}.")
+    if part := re.search(r"-\d{5}-of-(\d{5})\.gguf$", path.name):
+        raise InputError(
+            f"model.source {path} is one of {int(part[1])} parts of a GGUF model; put them together first "
+            "(llama-gguf-split --merge)."
+        )
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise InputError(
@@ -125,8 +137,8 @@ def _gguf(path: Path) -> ModelFiles:
 def _folder(folder: Path, name: str, own_code: bool) -> ModelFiles:
     if not (folder / "config.json").is_file():
         raise InputError(f"model.source {folder} has no config.json; it is not a transformers model folder.")
-    weights = tuple(sorted(folder.glob(WEIGHTS)))
-    if not weights:
+    found = tuple(sorted(folder.glob(WEIGHTS)))
+    if not found:
         pickles = [p.name for pattern in PICKLES for p in folder.glob(pattern)]
         if pickles:
             raise InputError(
@@ -134,16 +146,22 @@ def _folder(folder: Path, name: str, own_code: bool) -> ModelFiles:
                 "it is read; convert it to safetensors first."
             )
         raise InputError(f"model.source {folder} has no *.safetensors file.")
+    check_shards(folder)
+    weights = weight_files(folder)
+    if not weights[0].is_file():
+        raise InputError(
+            f"model.source {folder} has neither model.safetensors nor {INDEX}, of which transformers reads one, but "
+            f"{found[0].name}; fetch the missing file."
+        )
     tokenizer = tuple(p for name_ in TOKENIZER if (p := folder / name_).is_file())
     if all(p.name in PROCESSOR for p in tokenizer):
         raise InputError(f"model.source {folder} has no tokenizer files (tokenizer.json or tokenizer.model).")
     configs = (p for c in CONFIGS if (p := folder / c).is_file())
     code = sorted(folder.glob("*.py")) if own_code else []
-    files = ModelFiles(name, folder, "", (*configs, *code, *weights), tokenizer)
+    files = ModelFiles(name, folder, "", (*configs, *code, *weights), (*tokenizer, *code))
     _check_decoder(files)
     for each in weights:
         _check_safetensors(each)
-    check_shards(folder)
     return files
 
 
@@ -195,9 +213,13 @@ def _check_decoder(files: ModelFiles) -> None:
             "not a decoder; covercal quantises causal language models (an architecture that ends in ForCausalLM, or "
             "one that reads images, too)."
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise InputError(f"model.source {files.folder} is quantised already ({method}); give the original model.")
+    for inner in (config, config.get("text_config")):
+        for name in ("quantization_config", "compression_config"):
+            if isinstance(inner, dict) and inner.get(name):
+                method = dict(inner[name]).get("quant_method", "unknown")
+                raise InputError(
+                    f"model.source {files.folder} is quantised already ({method}); give the original model."
+                )
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -214,15 +236,25 @@ def check_shards(folder: Path) -> None:
     """Raise when the index of a sharded model names what is no safetensors file of its folder, or is not there."""
     index = folder / INDEX
     if index.is_file():
-        for name in sorted(set(_json_object(index).get("weight_map", {}).values())):
+        for name in _indexed(index):
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise InputError(f"The index {index} names {name!r}, which is no safetensors file of that folder.")
             if not (folder / name).is_file():
                 raise InputError(f"{folder} lacks {name}, which {INDEX} names; fetch the file.")
 
 
+def _indexed(index: Path) -> list[str]:
+    """Return the names of the files that the index of a sharded model lists."""
+    names = _json_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise InputError(
+            f"The index {index} has no `weight_map` that says in which file each weight is; fetch it again."
+        )
+    return sorted({str(name) for name in names.values()})
+
+
 def _check_safetensors(path: Path) -> None:
-    """Raise when a safetensors file is shorter than its own header says."""
+    """Raise when a safetensors file is shorter than its own header says, or holds quantised weights."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -238,6 +270,11 @@ def _check_safetensors(path: Path) -> None:
     if size != wanted:
         fault = "is cut short" if size < wanted else "is too long"
         raise InputError(f"{path} {fault}: {size} bytes instead of {wanted}; fetch the file again.")
+    for name, entry in header.items():
+        if name.endswith(".weight") and not str(entry.get("dtype")).startswith(WIDE):
+            raise InputError(
+                f"{path} holds {name} as {entry.get('dtype')}: the model is quantised already; give the original model."
+            )
 
 
 def _download(model: Model) -> Path:
@@ -248,7 +285,9 @@ def _download(model: Model) -> Path:
     if model.trust_remote_code:
         patterns.append("*.py")
     try:
-        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(model.source, revision=model.revision, allow_patterns=patterns, ignore_patterns=NOT_READ)
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
         raise InputError(
             f"model.source {model.source!r} is no folder and no GGUF file here, and the hub gave no model of that "

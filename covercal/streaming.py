@@ -24,6 +24,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from covercal.errors import InputError
 from covercal.model_files import loader_of, weight_files
 
+COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+
 
 def loader_for(config: PreTrainedConfig) -> Any:
     """Return the class of transformers that makes a configuration's language model: see `loader_of`."""
@@ -63,6 +65,10 @@ class StreamedWeights:
     device
         Where weights are put.
 
+    Attributes
+    ----------
+    unknown
+        Names of tensors in the files that the model does not have, but for those that it computes.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, blocks_path: str, device: torch.device) -> None:
@@ -82,6 +88,8 @@ class StreamedWeights:
                 index = self._block_of(target)
                 (self._rest if index is None else self._blocks.setdefault(index, {}))[key] = path
                 self._targets[key] = target
+        foreign = (key for key, target in self._targets.items() if target not in names)
+        self.unknown = tuple(sorted(key for key in foreign if not key.endswith(COMPUTED)))
 
     @contextmanager
     def rest(self, *, head: bool) -> Iterator[None]:

@@ -86,16 +86,18 @@ def check_inputs(recipe: Recipe, inputs: Inputs, folder: Any) -> None:
     ------
     InputError
         When the blocks cannot be found, hold what cannot be quantised, the group size does not divide an input, the
-        share of salient weights marks none, or no format holds the result.
+        share of salient weights marks none, sequences are longer than the model's table of positions, or no format
+        holds the result.
     """
     from covercal.checkpoint import check_format
-    from covercal.decoder import describe_decoder, pick_device
+    from covercal.decoder import describe_decoder, most_positions, pick_device
     from covercal.errors import QuantizationError
     from covercal.quantization import check_group_size, check_salient
 
     pick_device(recipe.device)
     trusted = inputs.model.trust_remote_code and not inputs.model.gguf
     decoder = describe_decoder(folder, trust_remote_code=trusted)
+    _check_lengths(recipe, most_positions(decoder.model))
     try:
         shapes = decoder.linear_shapes
         check_group_size(shapes, recipe.quantization.group_size)
@@ -103,3 +105,15 @@ def check_inputs(recipe: Recipe, inputs: Inputs, folder: Any) -> None:
         check_format(recipe.quantization, decoder.model)
     except QuantizationError as cause:
         raise InputError(str(cause)) from cause
+
+
+def _check_lengths(recipe: Recipe, most: int | None) -> None:
+    asked = {"pool.lengths": max(recipe.pool.lengths)}
+    for kind in ("perplexity", "divergence"):
+        texts = enumerate(getattr(recipe.evaluation, kind))
+        asked |= {f"evaluation.{kind}[{index}].window": text.window for index, text in texts}
+    for name, length in asked.items():
+        if most is not None and length > most:
+            raise InputError(
+                f"{name}: {length} tokens are more than the {most} positions of model.source {recipe.model.source}."
+            )

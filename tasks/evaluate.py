@@ -89,7 +89,7 @@ def evaluate_text(
     if reference is not None:
         original = original_decoder(build.store, model, imported, dtype, device)
         hidden = _hidden(build.store.path(reference))
-    quantized = checkpoint_decoder(build.store, checkpoint.ref, dtype, device)
+    quantized = checkpoint_decoder(build.store, checkpoint.ref, model, dtype, device)
     sequences = sample_tokens(build.store, texts.ref)
     scores = score(quantized, original, sequences, hidden, advance=build.progress(len(sequences), "sequences"))
     asked = ("loss", "divergence") if hidden is not None else ("loss",)

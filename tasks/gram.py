@@ -92,7 +92,7 @@ def sum_gram(
         lambda site: None if before is None else before.pool_site(site),
         by_sequence=weight == "sequence",
         spread=spread,
-        memory=activation_memory(build.work),
+        memory=activation_memory(build.work, decoder.device),
         resumed=resumed,
     ):
         keep = bool(block.leaving) and time.monotonic() - kept_at >= LEAVING_SECONDS

@@ -16,7 +16,7 @@ from storage.manifest import Ref
 from storage.tables import read_table, write_table
 from tasks.cached import Build, ByDigest, cached
 from tasks.identities import ModelIdentity, TokenizerIdentity, dataset_commit, file_hashes
-from tasks.model import checkpoint_decoder, load_tokenizer, original_decoder, quiet_transformers
+from tasks.model import checkpoint_decoder, load_tokenizer, original_decoder, quiet_transformers, trusts_copy
 
 if TYPE_CHECKING:
     from covercal.decoder import Decoder
@@ -144,8 +144,9 @@ def _model(
 
     quiet_transformers()
     folder = store.path(checkpoint.ref)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    return checkpoint_decoder(store, checkpoint.ref, dtype, device), tokenizer
+    trusted = trusts_copy(model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
+    return checkpoint_decoder(store, checkpoint.ref, model, dtype, device), tokenizer
 
 
 def read_task_scores(store: ArtifactStore, ref: Ref) -> dict[str, Any]:

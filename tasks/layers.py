@@ -41,7 +41,7 @@ def measure_layers(
     from covercal.layer_errors import linear_errors
 
     original = original_decoder(build.store, model, imported, dtype, device)
-    quantized = checkpoint_decoder(build.store, checkpoint.ref, dtype, device)
+    quantized = checkpoint_decoder(build.store, checkpoint.ref, model, dtype, device)
     sequences = sample_tokens(build.store, texts.ref)[:limit]
     found = linear_errors(original, quantized, sequences, build.progress(len(sequences), "sequences"))
     blocks = {original.full_name(site, name): site.block for site in original.sites for name in site.linears}

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from covercal.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from covercal.calibration import Memory
 
 VARIABLE = "COVERCAL_ACTIVATION_MEMORY"
@@ -14,20 +16,24 @@ FREE_SHARE = 0.25  # of the free memory, where the variable does not say
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
-def activation_memory(work: Path) -> "Memory":
+def activation_memory(work: Path, device: "torch.device") -> "Memory":
     """Return the limit in `COVERCAL_ACTIVATION_MEMORY` (bytes, or 500M, 8G), and a folder for what is above it.
+
+    Parameters
+    ----------
+    device
+        Where hidden states lie.
 
     Raises
     ------
     InputError
         When the variable is no number of bytes.
     """
-    import psutil
-
     from covercal.calibration import Memory
+    from covercal.decoder import free_memory
 
     text = os.environ.get(VARIABLE, "").strip()
-    limit = parse_bytes(text) if text else int(FREE_SHARE * psutil.virtual_memory().available)
+    limit = parse_bytes(text) if text else int(FREE_SHARE * free_memory(device))
     return Memory(limit, work / "activations")
 
 

@@ -1,5 +1,6 @@
 """Stage `model`: a GGUF file unpacked to a safetensors folder once; and loaded models, shared within a process."""
 
+import filecmp
 import functools
 import threading
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ _judged: dict[tuple[str, str, str], "Decoder"] = {}
 _loading = threading.Lock()
 
 
-@cached("model", version=1)
+@cached("model", version=2)
 def import_model(build: Build, *, model: ModelIdentity) -> dict[str, Any]:
     """Dequantise a GGUF file to float32 safetensors, with its configuration and tokenizer."""
     with _parsed_once():
@@ -52,14 +53,20 @@ def _unpack(build: Build, model: ModelIdentity) -> dict[str, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.folder, gguf_file=model.gguf, trust_remote_code=False)
         advance(1)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model.folder, gguf_file=model.gguf, dtype=torch.float32, trust_remote_code=False
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            model.folder,
+            gguf_file=model.gguf,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (ValueError, KeyError, IndexError, OSError, NotImplementedError) as cause:
+    except (ValueError, KeyError, IndexError, OSError, NotImplementedError, RuntimeError) as cause:
         raise InputError(
             f"model.source {Path(model.folder) / model.gguf} cannot be read as a GGUF model: "
             f"{str(cause).splitlines()[0] if str(cause) else type(cause).__name__}; is the file cut short?"
         ) from cause
+    for name in sorted(found["missing_keys"]):  # transformers would go on with random numbers
+        raise InputError(f"model.source {Path(model.folder) / model.gguf} lacks the weight {name}.")
     advance(1)
     wanted = sum(p.numel() * p.element_size() for p in loaded.parameters())
     build.store.require_space(wanted, f"The unpacked model {model.name}")
@@ -77,7 +84,8 @@ def gguf_type(path: Path) -> str:
     from gguf import GGUFReader, LlamaFileType
 
     field = GGUFReader(path).get_field("general.file_type")
-    return LlamaFileType(int(field.contents())).name.removeprefix("MOSTLY_") if field is not None else "GGUF"
+    names = {int(each): each.name for each in LlamaFileType}
+    return "GGUF" if field is None else names.get(int(field.contents()), "GGUF").removeprefix("MOSTLY_")
 
 
 def original_decoder(
@@ -117,8 +125,16 @@ def _shared_decoder(
         return _loaded[key]
 
 
-def checkpoint_decoder(store: ArtifactStore, checkpoint: Ref, dtype: "Dtype", device: str) -> "Decoder":
-    """Return a checkpoint loaded the way its users will load it; the last one is kept: several steps judge it."""
+def checkpoint_decoder(
+    store: ArtifactStore, checkpoint: Ref, model: ModelIdentity, dtype: "Dtype", device: str
+) -> "Decoder":
+    """Return a checkpoint loaded the way its users will load it; the last one is kept: several steps judge it.
+
+    Parameters
+    ----------
+    model
+        That it was made of.
+    """
     from covercal.decoder import load_decoder, pick_device
 
     quiet_transformers()
@@ -127,13 +143,25 @@ def checkpoint_decoder(store: ArtifactStore, checkpoint: Ref, dtype: "Dtype", de
     with _loading:
         if key not in _judged:
             _judged.clear()
-            _judged[key] = load_decoder(store.path(checkpoint), dtype, where)
+            folder = store.path(checkpoint)
+            _judged[key] = load_decoder(folder, dtype, where, trust_remote_code=trusts_copy(model, folder))
         return _judged[key]
 
 
 def trusts(model: ModelIdentity, imported: Ref | None) -> bool:
     """Return whether code in the model's folder may run: never that of an artifact, which brings none along."""
     return model.trust_remote_code and imported is None
+
+
+def trusts_copy(model: ModelIdentity, folder: Path) -> bool:
+    """Return whether code in a checkpoint may run: only what is, byte for byte, the code of a model that is trusted."""
+    own = Path(model.folder)
+    code = [path.relative_to(folder) for path in folder.rglob("*.py")]
+    return (
+        bool(code)
+        and trusts(model, None)
+        and all((own / each).is_file() and filecmp.cmp(own / each, folder / each, shallow=False) for each in code)
+    )
 
 
 def load_tokenizer(store: ArtifactStore, model: ModelIdentity, imported: Ref | None) -> Any:

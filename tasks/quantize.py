@@ -169,7 +169,7 @@ def quantize_model(
     source = model_folder(build.store, model, imported)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     missing = left_out(config, type(decoder.model).__name__)
-    not_quantized = " ".join(filter(None, (missing, _unread(decoder))))
+    not_quantized = " ".join(filter(None, (missing or _unknown(decoder), _unread(decoder))))
     record = {
         "covercal": covercal.__version__,
         "model": {"name": model.name, "weights_sha256": model.weights, "dtype": dtype},
@@ -272,7 +272,7 @@ def _quantize_blocks(
     first, resumed = _finished_blocks(work, writer)
     advance = build.progress(count, "blocks")
     advance(first)
-    memory = activation_memory(build.work)
+    memory = activation_memory(build.work, decoder.device)
     for block in quantize_blocks(decoder, sequences, writer.settings, writer.storage_dtype, resumed, pool, memory):
         with work.part(_part(block.index)) as folder:
             _write_part(folder, writer, block)
@@ -367,6 +367,15 @@ def _chosen_record(store: ArtifactStore, pool: Ref, calibration: Calibration) ->
         }
         for s in calibration.samples
     ]
+
+
+def _unknown(decoder: "Decoder") -> str:
+    """Return which tensors of the model's files transformers does not read, in a sentence; empty when it reads all."""
+    names = decoder.weights.unknown if decoder.weights is not None else ()
+    if not names:
+        return ""
+    kind = type(decoder.model).__name__
+    return f"{len(names)} tensors of its files are left out since {kind} does not have them, {names[0]} among them."
 
 
 def _unread(decoder: "Decoder") -> str:

@@ -28,6 +28,7 @@ from covercal.decoder import load_decoder
 from covercal.errors import InputError
 from covercal.model_files import locate_model
 from covercal.pool import read_documents
+from covercal.quantization_settings import Quantization
 from covercal.recipe import Model, TextSource, load_recipe
 from flows import cli
 from flows.chain import run_chain
@@ -44,8 +45,9 @@ from storage.runs import read_runs
 from storage.transfer import pull_run, push_run
 from tasks.cached import open_store
 from tasks.identities import ModelIdentity, identify_model
-from tasks.model import import_model, load_tokenizer, original_decoder
+from tasks.model import import_model, load_tokenizer, original_decoder, trusts_copy
 from tests import tiny
+from tests.covercal.walks import write_checkpoint
 from tests.flows.test_cache_cli import run_without_prefect
 from tests.storage.s3 import closed_port
 from tests.storage.test_transfer import RUN, make_real_run
@@ -414,6 +416,30 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, ran: Path, imported: Imported
     add_code(folder, ran)
     load_decoder(folder, "float32", torch.device("cpu"))
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("change", ["nothing", "another line", "another file", "no trust"])
+def test_a_checkpoint_runs_code_of_the_trusted_model_alone(
+    tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tiny.save_model(tmp_path / "model")
+    add_code(folder, ran)
+    model = identify_model(Model(source=str(folder), trust_remote_code=True), ArtifactStore(tmp_path / "c").prepare())
+    decoder = load_decoder(folder, "float32", torch.device("cpu"), trust_remote_code=True)
+    checkpoint = tmp_path / "checkpoint"
+    write_checkpoint(checkpoint, decoder, [], Quantization(method="rtn", bits=4, group_size=16, symmetric=True))
+    (code,) = checkpoint.glob("*.py")
+    if change == "another line":
+        code.write_text(code.read_text() + "\n")
+    elif change == "another file":
+        (checkpoint / "more.py").write_text("")
+    elif change == "no trust":
+        model = dataclasses.replace(model, trust_remote_code=False)
+    assert trusts_copy(model, checkpoint) == (change == "nothing")
+    if change == "nothing":
+        loaded = load_decoder(checkpoint, "float32", torch.device("cpu"), trust_remote_code=True)
+        assert type(loaded.model).__name__ == "OwnModel"
 
 
 def test_nobody_is_asked_whether_code_beside_a_gguf_file_may_run(

@@ -235,7 +235,7 @@ def recipe_value(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def save_gguf(path: Path, seed: int = 0) -> Path:
+def save_gguf(path: Path, seed: int = 0, *, without: str = "no tensor") -> Path:
     """Write a tiny Llama as a GGUF file of float32 tensors, as a converter would (query and key rows interleaved)."""
     import gguf
 
@@ -270,7 +270,8 @@ def save_gguf(path: Path, seed: int = 0) -> Path:
         if heads:
             values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
         stem, _, suffix = name.rpartition(".")
-        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", np.ascontiguousarray(values))
+        if name != without:
+            writer.add_tensor(f"{names.get_name(stem)}.{suffix}", np.ascontiguousarray(values))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,5 +1,6 @@
 """Blocks, sites, the walk over blocks and the head, against the models' own forward passes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import JetMoeConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    GPTJConfig,
+    JetMoeConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedModel,
+)
 
 from covercal.block_call import run_block
 from covercal.decoder import (
@@ -20,6 +30,7 @@ from covercal.decoder import (
     linear_of,
     load_decoder,
     make_decoder,
+    most_positions,
     pick_device,
     token_tensor,
 )
@@ -222,6 +233,29 @@ def test_a_block_with_weights_outside_linears_is_refused_by_name_and_class() -> 
         make_decoder(model)
 
 
+def test_a_block_without_a_linear_is_refused_by_its_number() -> None:
+    model = tiny_model()
+    model.model.layers[1] = nn.Identity()
+    with pytest.raises(InputError, match="Block 1 of LlamaForCausalLM has no linear layer"):
+        make_decoder(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (GPT2Config(hidden_size=32, n_layer=1, n_head=2, n_positions=64), 64),
+        (OPTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=48), 48),
+        (GPTJConfig(hidden_size=32, n_layer=1, n_head=2, n_positions=64, rotary_dim=8), 64),
+        (LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64), None),
+        (BloomConfig(hidden_size=32, n_layer=1, n_head=2), None),
+    ],
+    ids=lambda value: getattr(value, "model_type", str(value)),
+)
+def test_a_table_of_positions_ends(config: Any, most: int | None) -> None:
+    with torch.device("meta"):
+        assert most_positions(AutoModelForCausalLM.from_config(config)) == most
+
+
 def test_a_model_whose_blocks_cannot_be_found_is_refused() -> None:
     model = tiny_model()
     model.model.layers = model.model.layers[:2]
@@ -261,8 +295,18 @@ def test_describing_a_model_with_other_weights_than_linears_is_refused(tmp_path:
         describe_decoder(tmp_path)
 
 
-def test_a_configuration_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "nonsense"},
+        {"model_type": "llama", "hidden_size": "32"},
+        {"model_type": "llama", "num_hidden_layers": None},
+        {"model_type": "llama", "hidden_size": 33, "num_attention_heads": 0},
+        {"model_type": "llama", "dtype": "float8_e4m3fn"},
+    ],
+)
+def test_a_configuration_that_transformers_makes_nothing_of_is_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(InputError, match=r"transformers cannot make a model of .*config\.json"):
         describe_decoder(tmp_path)
 

@@ -25,11 +25,13 @@ from covercal.experts import (
     Expert,
     Experts,
     Layout,
+    _marked_state,
     checkpoint_names,
     has_experts,
     is_fused,
     is_router,
     probing,
+    skeleton_of,
     unfuse_experts,
     unfused,
 )
@@ -419,6 +421,11 @@ def test_experts_are_called_in_a_checkpoint_what_transformers_calls_them(archite
     assert len(linears) == 3 * EXPERTS * BLOCKS
     for name in linears:
         assert torch.equal(saved[names[f"{name}.weight"]], decoder.model.get_submodule(name).weight)
+
+
+def test_finding_names_takes_no_memory_for_weights() -> None:
+    state, _ = _marked_state(skeleton_of(fused_model("mixtral")))
+    assert sum(each.untyped_storage().nbytes() for each in state.values()) < 20_000
 
 
 @every_mixture

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from covercal.errors import InputError
 from covercal.model_files import ModelFiles, left_out, loader_of, locate_model
@@ -234,6 +236,42 @@ def test_a_weight_file_that_the_index_names_and_is_not_there_is_named(folder: Pa
     assert last.name in complaint(folder)
 
 
+def test_weights_that_transformers_does_not_read_are_no_weights(folder: Path) -> None:
+    (folder / "model.fp16.safetensors").write_bytes(b"another form")
+    assert names(locate(folder).weights) == ["config.json", "generation_config.json", WEIGHTS]
+    (folder / WEIGHTS).unlink()
+    assert "neither model.safetensors nor model.safetensors.index.json" in complaint(folder)
+    assert "but model.fp16.safetensors" in complaint(folder)
+
+
+def test_an_index_that_places_no_weight_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    assert "has no `weight_map`" in complaint(folder)
+
+
+@pytest.mark.parametrize("place", ["quantization_config", "compression_config", "text_config"])
+def test_a_model_that_is_quantised_already_is_refused_wherever_it_says_so(folder: Path, place: str) -> None:
+    said = {"quant_method": "fp8"}
+    change_config(folder, **{place: {"quantization_config": said} if place == "text_config" else said})
+    assert "is quantised already (fp8); give the original model" in complaint(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_quantised_weights_that_no_configuration_tells_of_are_refused(folder: Path, dtype: torch.dtype) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].to(dtype)}, folder / WEIGHTS, {"format": "pt"})
+    assert f"holds {name} as {'I8' if dtype == torch.int8 else 'F8_E4M3'}: the model is quantised" in complaint(folder)
+
+
+def test_every_file_that_decides_tokens_is_found(folder: Path) -> None:
+    (folder / "tekken.json").write_text("{}")
+    assert "tekken.json" in names(locate(folder).tokenizer)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    assert names(locate(folder).tokenizer) == ["tekken.json"]
+
+
 # --- GGUF ----------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +279,11 @@ def test_a_gguf_file_is_its_own_weights_and_tokenizer(tmp_path: Path) -> None:
     path = tmp_path / "tiny-q4.gguf"
     path.write_bytes(b"GGUF\x03\0\0\0")
     assert locate(path) == ModelFiles("tiny-q4", tmp_path, "tiny-q4.gguf", (path,), (path,))
+
+
+def test_a_part_of_a_gguf_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "big-00001-of-00003.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    assert "is one of 3 parts of a GGUF model; put them together" in complaint(tmp_path / "big-00001-of-00003.gguf")
 
 
 def test_a_gguf_file_has_no_configuration_of_its_own(tmp_path: Path) -> None:

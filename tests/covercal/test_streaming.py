@@ -324,7 +324,10 @@ def test_what_the_files_have_beside_the_models_weights_is_left_alone(saved: Save
             tensors[name] = torch.zeros(2, 2)
 
     folder = with_weights(saved("llama"), change, tmp_path / "model")
-    found = streamed_logits(load_decoder(folder, "float32", CPU, streamed=True))
+    decoder = load_decoder(folder, "float32", CPU, streamed=True)
+    assert decoder.weights is not None
+    assert len(decoder.weights.unknown) == 3
+    found = streamed_logits(decoder)
     assert torch.equal(found, streamed_logits(load_decoder(saved("llama"), "float32", CPU, streamed=True)))
 
 

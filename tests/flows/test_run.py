@@ -1,6 +1,7 @@
 """The whole chain on a tiny model: what is computed, what is cached, and what a user is told."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from covercal.errors import ActivationError, InputError
 from covercal.recipe import load_recipe, plain
@@ -450,6 +451,36 @@ def test_a_group_size_is_refused_before_any_heavy_work_for_a_gguf_file_that_is_n
     with pytest.raises(InputError, match=r"group_size 24 does not divide the 32 inputs"):
         run_through_prefect(path, store)
     assert {manifest.stage for manifest in store.manifests()} == {"model"}
+
+
+def test_a_gguf_file_without_one_of_the_weights_is_refused_by_name(
+    write_recipe: WriteRecipe, store: ArtifactStore, tmp_path: Path
+) -> None:
+    lost = "model.layers.1.mlp.down_proj.weight"
+    path = write_recipe(model={"source": str(tiny.save_gguf(tmp_path / "tiny.gguf", without=lost))})
+    with pytest.raises(InputError, match=rf"tiny\.gguf lacks the weight {re.escape(lost)}\."):
+        run_through_prefect(path, store)
+    assert not list(store.manifests())
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [
+        ({"pool": {"sequence_length": 65}}, "pool.lengths"),
+        ({"evaluation": {"perplexity": [{"path": "long.txt", "window": 66}]}}, "evaluation.perplexity[0].window"),
+    ],
+)
+def test_sequences_longer_than_a_table_of_positions_are_refused_before_any_heavy_work(
+    write_recipe: WriteRecipe, store: ArtifactStore, tmp_path: Path, section: dict[str, Any], field: str
+) -> None:
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=300))
+    model.save_pretrained(tmp_path / "gpt2")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "long.txt").write_text("one text " * 200)
+    path = write_recipe(model={"source": str(tmp_path / "gpt2")}, **section)
+    with pytest.raises(InputError, match=rf"{re.escape(field)}: 6\d tokens are more than the 64 positions"):
+        run_through_prefect(path, store)
+    assert not list(store.manifests("statistics"))
 
 
 def test_a_gguf_file_that_is_unpacked_for_the_check_counts_as_built(

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from covercal.calibration import Memory
 from covercal.errors import InputError
 from tasks.memory import FREE_SHARE, VARIABLE, activation_memory, parse_bytes
 
+CPU = torch.device("cpu")
 WRONG = ["many", "M", "G8", "-1", "-5M", "nan", "inf", "infG", "8T", "8GB", "0x10", "1,5G"]
 
 
@@ -46,7 +48,7 @@ def test_the_environment_says_how_much_memory_hidden_states_may_take(
     text: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, text)
-    assert activation_memory(tmp_path) == Memory(expected, tmp_path / "activations")
+    assert activation_memory(tmp_path, CPU) == Memory(expected, tmp_path / "activations")
 
 
 @pytest.mark.parametrize("text", [None, "", "  "])
@@ -57,17 +59,23 @@ def test_where_it_does_not_they_may_take_a_share_of_the_free_memory(
     if text is not None:
         monkeypatch.setenv(VARIABLE, text)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8000))
-    assert activation_memory(tmp_path) == Memory(int(FREE_SHARE * 8000), tmp_path / "activations")
+    assert activation_memory(tmp_path, CPU) == Memory(int(FREE_SHARE * 8000), tmp_path / "activations")
+
+
+def test_on_another_device_it_is_the_free_memory_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4000, 9000))
+    assert activation_memory(tmp_path, torch.device("cuda")).limit == int(FREE_SHARE * 4000)
 
 
 @pytest.mark.parametrize("text", WRONG)
 def test_a_wrong_value_in_the_environment_is_named(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, text)
     with pytest.raises(InputError, match=re.escape(f"{VARIABLE} is {text!r}")):
-        activation_memory(tmp_path)
+        activation_memory(tmp_path, CPU)
 
 
 def test_no_folder_is_made_before_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "1")
-    activation_memory(tmp_path)
+    activation_memory(tmp_path, CPU)
     assert list(tmp_path.iterdir()) == []
