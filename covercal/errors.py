@@ -1,5 +1,8 @@
 """The errors that a user can act on; each message is a sentence that names what is wrong and what would be right."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class CovercalError(Exception):
     """A run cannot go on."""
@@ -33,3 +36,12 @@ class TooFewSamplesError(InputError):
     def __init__(self, message: str, read: str) -> None:
         super().__init__(message)
         self.read = read
+
+
+@contextmanager
+def naming(linear: str) -> Iterator[None]:
+    """Let errors of quantising a linear name it."""
+    try:
+        yield
+    except QuantizationError as cause:
+        raise QuantizationError(f"{linear} cannot be quantised: {cause}.") from cause

@@ -87,7 +87,9 @@ class SiteStatistics:
     histogram
         int64 (bins,): how many |x| lie in each of the bins of `bin_values`; zeros are not counted.
     largest
-        Largest |x|.
+        Largest |x|; NaN where an input is, or where no histogram was asked for.
+    note
+        What they are otherwise than asked, and why.
     """
 
     gram: Tensor | None = None
@@ -108,6 +110,7 @@ class SiteStatistics:
     weight: float = 0.0
     histogram: Tensor | None = None
     largest: float = math.nan
+    note: str = ""
 
     def single(self) -> "SiteStatistics":
         """Return the statistics with all matrices in float32, which is what rounding computes in."""
@@ -188,7 +191,7 @@ class SiteSums:
         self._peak = torch.zeros(channels, dtype=torch.float32, device=device) if wanted.peak else None
         bins = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * BINS_PER_OCTAVE
         self._histogram = torch.zeros(bins, dtype=torch.int64, device=device) if wanted.histogram else None
-        self._largest = 0.0
+        self._largest = torch.zeros((), device=device)
         self._weight = self._validation_weight = 0.0
         self._square = self._weight_square = 0.0  # sums over samples, for their spread
         self._open: tuple[int, Tensor, float] | None = None  # a sample, its own Gram matrix and weight so far
@@ -254,7 +257,7 @@ class SiteSums:
             tokens=self.tokens,
             weight=self._weight,
             histogram=self._histogram,
-            largest=self._largest if self._histogram is not None else math.nan,
+            largest=float(self._largest) if self._histogram is not None else math.nan,
         )
 
     def _matrix(self, wanted: bool) -> Tensor | None:
@@ -269,7 +272,7 @@ class SiteSums:
         if self._peak is not None and len(flat):
             self._peak = torch.maximum(self._peak, magnitude.amax(dim=0))
         if self._histogram is not None and len(flat):
-            self._largest = max(self._largest, float(magnitude.max()))
+            self._largest = torch.maximum(self._largest, magnitude.max())
             positive = magnitude[magnitude > 0]
             bins = ((positive.log2() - LOWEST_OCTAVE) * BINS_PER_OCTAVE).floor_().clamp_(0, len(self._histogram) - 1)
             self._histogram += torch.bincount(bins.long(), minlength=len(self._histogram))

@@ -13,12 +13,12 @@ from covercal.block_call import hidden_of, run_block
 from covercal.block_pass import expert_of
 from covercal.calibration import Calibration
 from covercal.decoder import DTYPES, Decoder, Site, linear_of
+from covercal.errors import naming
 from covercal.folding import Fold, apply_scale, find_folds, undone_scale
 from covercal.gram import SiteStatistics
 from covercal.quantization_settings import Dtype, Quantization
 from covercal.quantizers.grid import GridSettings, dequantize, min_max_grid, quantize
 from covercal.quantizers.scaling import (
-    ScaleSearch,
     candidate_scales,
     drift_weights,
     search_scale,
@@ -68,17 +68,23 @@ def scale_block(
         Of every site's inputs, by order.
     running
         For `scaling.loss: module`.
+
+    Raises
+    ------
+    QuantizationError
+        Naming the linear that cannot be quantised.
     """
     folds = _folds(decoder, block, sites)
     found = {}
     for site in sites:
-        fold = folds.get(site.order)
-        known = statistics.get(site.order)
-        if fold is None or known is None or not known.tokens:
-            found[site.order] = ScaledSite(note=NOT_FOLDED if fold is None else "inputs are not scaled: none were seen")
-            continue
-        searched = _searched(block, site, known, settings, storage_dtype, running, fold)
-        found[site.order] = ScaledSite(searched.scale, searched.power)
+        fold, known = folds.get(site.order), statistics.get(site.order, SiteStatistics())
+        if fold is None:
+            found[site.order] = ScaledSite(note=NOT_FOLDED)
+        elif known.tokens < (1 if expert_of(block, site) is None else settings.gram.expert_tokens):
+            found[site.order] = ScaledSite(note=f"inputs are not scaled: {known.tokens or 'none'} were seen")
+        else:
+            with naming(decoder.full_name(site, site.linears[0])):
+                found[site.order] = _searched(block, site, known, settings, storage_dtype, running, fold)
     for site in sites:  # after all searches: a fold changes rows of weights that another site still looks at
         scale = found[site.order].scale
         if scale is not None:
@@ -150,13 +156,12 @@ def _searched(
     storage_dtype: Dtype,
     running: Calibration | None,
     fold: Fold,
-) -> ScaleSearch:
+) -> ScaledSite:
     weights = [linear_of(block, name).weight.data for name in site.linears]
     scaling = settings.scaling
     if scaling.search == "smooth":
         largest = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0).double()
-        scale = fold.shared(smooth_scale(_known(known.peak), largest, scaling.power))
-        return ScaleSearch(scale, scaling.power, math.nan, math.nan)
+        return ScaledSite(fold.shared(smooth_scale(_known(known.peak), largest, scaling.power)), scaling.power)
     grid = GridSettings(settings.bits, settings.group_size, settings.symmetric, DTYPES[storage_dtype])
     magnitude, mean_weight = _known(known.magnitude), weight_magnitude(weights)
     candidates = candidate_scales(
@@ -170,9 +175,14 @@ def _searched(
     drift = None
     if scaling.regularization != "none":
         drift = _drift(weights, drift_weights(magnitude, mean_weight, scaling.regularization), grid)
-    if scaling.loss == "module" and running is not None:
-        return search_scale(shared, module_loss(block, site, running, grid), drift, scaling.strength)
-    return search_scale(shared, _linear_loss(weights, _known(known.gram), grid), drift, scaling.strength)
+    # an expert's only linear loses what its Gram matrix tells, without a pass of the whole block for each expert
+    alone = len(site.linears) == 1 and expert_of(block, site) is not None
+    if scaling.loss == "module" and running is not None and not alone:
+        loss = module_loss(block, site, running, grid)
+    else:
+        loss = _linear_loss(weights, _known(known.gram), grid)
+    power, scale = search_scale(shared, loss, drift, scaling.strength)
+    return ScaledSite(scale, power)
 
 
 def rounded_under(weight: Tensor, scale: Tensor, grid: GridSettings) -> Tensor:

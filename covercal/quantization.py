@@ -25,16 +25,18 @@ from covercal.calibration import (
     start_calibration,
 )
 from covercal.decoder import DTYPES, Decoder, Site, linear_of, stays_wide
-from covercal.errors import QuantizationError
+from covercal.errors import QuantizationError, naming
 from covercal.gram import SiteStatistics, Wanted
 from covercal.hidden_states import HiddenStates, aligned
 from covercal.input_scaling import ScaledSite, scale_block
 from covercal.memory import keeping_less, release_freed
 from covercal.quantization_settings import Dtype, Quantization, Target
+from covercal.quantizers.grid import representable
 from covercal.quantizers.pieces import Solved
 from covercal.quantizers.salient import scope_size
 from covercal.quantizers.solver import SolvedSite, solve_site
 
+VALIDATED_ALONE = "validated on the calibration samples alone: the pool is one shard, of which nothing is held out"
 RELEASED_CHANNELS = 2048  # memory that was freed is given back before every step of a block so wide
 
 
@@ -429,7 +431,8 @@ def _first_look(
         return {}
     if running is None or settings.gram.source == "pool":
         return {site.order: job.known(site) for site in sites}
-    wanted = Wanted(gram=True, magnitude=scales, peak=settings.scaling.search == "smooth")
+    smooth = settings.scaling.search == "smooth"
+    wanted = Wanted(gram=not smooth or not job.sequential, magnitude=scales, peak=smooth)
     found = {order: sums.statistics() for order, sums in block_sums(block, sites, running, wanted).items()}
     if settings.gram.source == "blend":
         return {site.order: blended(found[site.order], job.known(site), settings.gram.pool_share) for site in sites}
@@ -509,6 +512,7 @@ def blended(found: SiteStatistics, known: SiteStatistics, share: float) -> SiteS
         drift_energy=part(found.drift_energy),
         outputs_drift=found.outputs_drift and tuple(rest * each for each in found.outputs_drift),
         outputs_drift_energy=found.outputs_drift_energy and tuple(rest * each for each in found.outputs_drift_energy),
+        note=VALIDATED_ALONE if found.validation is not None and known.validation is None else "",
     )
 
 
@@ -517,33 +521,30 @@ def _quantize_site(
 ) -> Iterator[tuple[QuantizedLinear, LinearReport]]:
     """Quantise the linears of a site together: rows are independent, so one factorisation serves all."""
     started = time.perf_counter()
-    settings, note = job.settings, scaled.note
+    settings, notes = job.settings, [scaled.note, statistics.note]
     modules = [linear_of(block, name) for name in site.linears]
     widened = settings.activations.kind != "none"
     is_expert = expert_of(block, site) is not None
     few = is_expert and statistics.tokens < settings.gram.expert_tokens
     if few and settings.reads_inputs:
-        note = f"rounded to nearest: {statistics.tokens} calibration tokens reached this expert"
+        notes = [f"rounded to nearest: {statistics.tokens} calibration tokens reached this expert"]
         settings = without_inputs(settings)
         statistics = SiteStatistics(
             tokens=statistics.tokens, histogram=statistics.histogram, largest=statistics.largest
         )
     elif is_expert and settings.target.kind != "weights":
-        note = f"target {settings.target.kind} left out: an expert's tokens are not the same in both models"
+        notes.append(f"target {settings.target.kind} left out: an expert's tokens are not the same in both models")
         settings = settings.model_copy(update={"target": Target()})
-    try:
+    with naming(job.decoder.full_name(site, site.linears[0])):
         solved = solve_site([m.weight.data for m in modules], statistics, settings, DTYPES[job.storage_dtype])
-    except QuantizationError as cause:
-        name = job.decoder.full_name(site, site.linears[0])
-        raise QuantizationError(f"{name} cannot be quantised: {cause}.") from cause
-    input_scale = _input_scale(job, site, statistics, scaled.scale)
+        input_scale = _input_scale(job, site, statistics, scaled.scale)
     seconds = (time.perf_counter() - started) / len(modules)
     for name, module, weight in zip(site.linears, modules, solved.weights, strict=True):
         full_name = job.decoder.full_name(site, name)
         linear = QuantizedLinear(
             full_name, weight.codes, weight.scale, weight.zero, weight.salient, input_scale, widened
         )
-        said = "; ".join(filter(None, (note, solved.note)))
+        said = "; ".join(filter(None, (*notes, solved.note)))
         report = _report(full_name, weight, solved, statistics, scaled, said)
         module.weight.data = dequantized(linear, module.weight.dtype)
         if settings.activations.kind != "none":
@@ -567,12 +568,15 @@ def _input_scale(job: _Job, site: Site, statistics: SiteStatistics, scale: Tenso
     if activations.source == "calibration":
         if statistics.histogram is None:
             raise ValueError("static ranges read a histogram of the inputs, which was not made")
+        if not math.isfinite(statistics.largest):
+            raise QuantizationError("its inputs hold NaN or infinity")
         step = static_scale(statistics.histogram, statistics.largest, activations)
     elif job.pool is None:
         raise ValueError("static ranges read what is cached of the pool")
     else:
         step = job.pool.input_scale(site, scale)
-    return torch.tensor([step], dtype=DTYPES[job.storage_dtype], device=job.decoder.device)
+    dtype = DTYPES[job.storage_dtype]
+    return representable(torch.tensor([step], dtype=torch.float64), dtype).to(job.decoder.device, dtype)
 
 
 def _report(

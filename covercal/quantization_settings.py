@@ -73,7 +73,8 @@ class GramSource(Choice):
     prefixes: tuple[int, ...] = Field(
         (),
         description="calibrate on these prefixes of every chosen sample (nested lengths); empty: on whole samples. "
-        "Those of one sample are held out together, and count together for how much samples differ",
+        "Those of one sample are held out together, and count together for how much samples differ; a sample that is "
+        "shorter than all of them is left out",
     )
     expert_tokens: int = Field(
         32, ge=1, description="an expert that fewer calibration tokens reach is rounded to nearest, and reported"

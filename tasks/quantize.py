@@ -91,7 +91,7 @@ class PoolInputs:
 NO_POOL = PoolInputs()
 
 
-@cached("block", version=8, ignored=("imported", "device"), names={"dtype": "model.dtype"})
+@cached("block", version=9, ignored=("imported", "device"), names={"dtype": "model.dtype"})
 def quantize_block(
     build: Build,
     *,
@@ -125,7 +125,7 @@ def _with_tokenizer(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 @cached(
     "checkpoint",
-    version=12,
+    version=13,
     ignored=("imported", "pool", "device"),
     names={"dtype": "model.dtype"},
     keyed=_with_tokenizer,

@@ -156,8 +156,8 @@ def weighted_error(energy: Tensor, group_size: int | None) -> GroupError:
 def output_error(gram: Tensor, group_size: int | None) -> GroupError:
     """Return the error of a group's output on the inputs of a Gram matrix (columns, columns), AWQ's clipping loss."""
     size = group_size or gram.shape[0]
-    starts = range(0, gram.shape[0], size)
-    blocks = torch.stack([gram[start : start + size, start : start + size].float() for start in starts])
+    parts = [gram[start : start + size, start : start + size].float() for start in range(0, gram.shape[0], size)]
+    blocks = torch.stack(parts) if len(parts) > 1 else parts[0][None]  # one may be half a gigabyte
 
     def error(differences: Tensor) -> Tensor:
         turned = differences.transpose(0, 1)

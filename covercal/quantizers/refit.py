@@ -6,6 +6,7 @@ from torch import Tensor
 from covercal.quantizers.grid import Grid, representable
 from covercal.quantizers.regularization import Metric
 
+SYSTEM_NUMBERS = 2**26  # of the systems that are solved at once: half a gigabyte, and as much again while they are
 RIDGE = 1e-8  # relative to the mean diagonal: keeps groups apart whose codes are alike
 LARGEST_CHANGE = 3.0  # a step that would change by more stays as it is
 
@@ -29,6 +30,15 @@ def refitted(target: Tensor, codes: Tensor, grid: Grid, metric: Metric) -> Grid:
         H.
     """
     rows, groups = grid.scale.shape
+    at_once = max(1, SYSTEM_NUMBERS // groups**2)
+    parts = [slice(start, start + at_once) for start in range(0, rows, at_once)]
+    scale = torch.cat([_fitted(target[part], codes[part], grid.rows(part), metric) for part in parts])
+    return Grid(scale, grid.zero, grid.settings)
+
+
+def _fitted(target: Tensor, codes: Tensor, grid: Grid, metric: Metric) -> Tensor:
+    """Return the steps of some rows, see `refitted`."""
+    rows, groups = grid.scale.shape
     size = codes.shape[1] // groups
     quadratic = codes.new_empty((rows, groups, groups), dtype=torch.float64)  # systems of codes that are alike
     linear = codes.new_empty((rows, groups), dtype=torch.float64)
@@ -42,16 +52,21 @@ def refitted(target: Tensor, codes: Tensor, grid: Grid, metric: Metric) -> Grid:
     usable = torch.isfinite(wanted) & (wanted > old / LARGEST_CHANGE) & (wanted < old * LARGEST_CHANGE)
     new = representable(torch.where(usable, wanted, old), grid.settings.scale_dtype)
     better = _loss(new, quadratic, linear) < _loss(old, quadratic, linear)
-    return Grid(torch.where(better[:, None], new, old).to(grid.scale.dtype), grid.zero, grid.settings)
+    return torch.where(better[:, None], new, old).to(grid.scale.dtype)
 
 
 def _solved(quadratic: Tensor, linear: Tensor) -> Tensor:
-    """Return the steps of all rows; a group whose codes are all at the zero point has none that matters."""
+    """Return the steps of all rows; a group whose codes are all at the zero point has none that matters.
+
+    Notes
+    -----
+    The systems are damped in place, and given back as they were: a copy would take as much memory again.
+    """
     diagonal = quadratic.diagonal(dim1=1, dim2=2)
-    ridge = RIDGE * diagonal.mean(dim=1, keepdim=True)
-    damped = quadratic.clone()
-    damped.diagonal(dim1=1, dim2=2).copy_(torch.where(diagonal > 0, diagonal + ridge, torch.ones_like(diagonal)))
-    found: Tensor = torch.linalg.solve_ex(damped, linear)[0]
+    ridge, kept = RIDGE * diagonal.mean(dim=1, keepdim=True), diagonal.clone()
+    diagonal.copy_(torch.where(kept > 0, kept + ridge, torch.ones_like(kept)))
+    found: Tensor = torch.linalg.solve_ex(quadratic, linear)[0]
+    diagonal.copy_(kept)
     return found
 
 

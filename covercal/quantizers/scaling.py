@@ -4,7 +4,6 @@ A weight W is rounded as Q(W diag(s)), and its input divided by s, so that the f
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,28 +11,6 @@ from torch import Tensor
 from covercal.quantizers.regularization import floored
 
 SMALLEST = 1e-4  # AWQ's clamp on scales
-
-
-@dataclass(frozen=True, slots=True)
-class ScaleSearch:
-    """What was found.
-
-    Attributes
-    ----------
-    scale
-        (columns,), all ones when nothing is better.
-    power
-        Of mean |x| in it; 0 with `scale` all ones is no scaling.
-    loss
-        Of the scale, and of no scaling: what the search minimised, before any regularisation.
-    unscaled_loss
-        Of no scaling.
-    """
-
-    scale: Tensor
-    power: float
-    loss: float
-    unscaled_loss: float
 
 
 def centered(scale: Tensor) -> Tensor:
@@ -80,8 +57,8 @@ def search_scale(
     loss: Callable[[Tensor], float],
     drift: Callable[[Tensor], float] | None = None,
     strength: float = 0.0,
-) -> ScaleSearch:
-    """Return the candidate with the least loss, the earliest among equals.
+) -> tuple[float, Tensor]:
+    """Return the power and scale of the candidate with the least loss, the earliest among equals.
 
     Parameters
     ----------
@@ -95,14 +72,11 @@ def search_scale(
     strength
         See `drift`.
     """
-    losses = [loss(scale) for _, scale in candidates]
-    judged = losses
+    judged = [loss(scale) for _, scale in candidates]
     if drift is not None:
         drifts = [drift(scale) for _, scale in candidates]
-        judged = [a + strength * b for a, b in zip(unit_range(losses), unit_range(drifts), strict=True)]
-    best = min(range(len(candidates)), key=judged.__getitem__)
-    power, scale = candidates[best]
-    return ScaleSearch(scale, power, losses[best], loss(torch.ones_like(scale)))
+        judged = [a + strength * b for a, b in zip(unit_range(judged), unit_range(drifts), strict=True)]
+    return candidates[min(range(len(candidates)), key=judged.__getitem__)]
 
 
 def unit_range(values: list[float]) -> list[float]:

@@ -268,7 +268,12 @@ def _some_rows(weights: Sequence[Tensor]) -> Tensor:
     """Return evenly spaced rows of all weights (or masks) together."""
     total = sum(len(weight) for weight in weights)
     wanted = torch.linspace(0, total - 1, min(VALIDATED_ROWS, total)).round().long()
-    return torch.cat(list(weights))[wanted.to(weights[0].device)]
+    found, first = [], 0
+    for weight in weights:
+        own = wanted[(wanted >= first) & (wanted < first + len(weight))] - first
+        found.append(weight[own.to(weight.device)])
+        first += len(weight)
+    return torch.cat(found)
 
 
 def _mask(weight: Tensor, settings: Quantization) -> Tensor | None:

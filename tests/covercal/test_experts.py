@@ -287,6 +287,18 @@ def test_an_expert_that_few_tokens_reach_is_rounded_to_nearest_and_the_report_sa
 
 
 @every_mixture
+def test_what_an_expert_that_few_tokens_reach_reads_is_not_scaled(architecture: str) -> None:
+    limit, blocks = with_limit(architecture, method="awq")
+    found, scaled = reports_of(blocks), {True: 0, False: 0}
+    for linear in (linear for block in blocks for linear in block.linears if ".down_proj" in linear.name):
+        few = found[linear.name].tokens < limit
+        scaled[few] += not np.isnan(found[linear.name].scaling)
+        if few:
+            assert torch.equal(linear.codes, nearest_codes(decoder_of(architecture).model, linear.name))
+    assert scaled[True] == 0 < scaled[False]
+
+
+@every_mixture
 def test_only_experts_are_spared_from_a_small_calibration(architecture: str) -> None:
     _, blocks = with_limit(architecture)
     dense = {name: each for name, each in reports_of(blocks).items() if ".experts." not in name}

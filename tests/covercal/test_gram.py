@@ -275,6 +275,13 @@ def test_the_histogram_counts_every_value_that_is_not_zero_in_a_bin_near_it() ->
         assert near == pytest.approx(value, rel=2 ** (0.5 / BINS_PER_OCTAVE) - 1 + 1e-6)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_largest_input_tells_of_one_that_is_not_finite_whatever_comes_after_it(bad: float) -> None:
+    x = inputs(0, 2, 6, 5)
+    x[0, 3, 1] = bad
+    assert not np.isfinite(summed([x, inputs(1, 2, 6, 5)], Wanted(gram=False, histogram=True)).largest)
+
+
 def test_scaled_statistics_are_those_of_scaled_inputs() -> None:
     x, original = inputs(0, 5, 6, 5), inputs(1, 5, 6, 5)
     scale = torch.tensor([0.5, 1.0, 2.0, 3.0, 0.1], dtype=torch.float64)

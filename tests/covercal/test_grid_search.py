@@ -188,6 +188,14 @@ def test_the_output_error_of_a_group_is_what_its_inputs_make_of_it(group_size: i
     np.testing.assert_allclose(found.double().numpy(), np.stack(expected, axis=1), rtol=1e-4)
 
 
+@pytest.mark.parametrize("group_size", [None, COLUMNS])
+def test_the_gram_matrix_of_a_single_group_is_not_copied(group_size: int | None) -> None:
+    gram, differences = torch.eye(COLUMNS), torch.ones(5, 1, COLUMNS)
+    error = output_error(gram, group_size)
+    gram.mul_(3.0)
+    assert error(differences).tolist() == [[3.0 * COLUMNS]] * 5
+
+
 @pytest.mark.parametrize("group_size", [None, SIZE])
 def test_the_weighted_error_of_a_group_is_what_inputs_of_one_channel_at_a_time_make_of_it(
     group_size: int | None,

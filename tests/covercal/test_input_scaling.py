@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from covercal import input_scaling
 from covercal.block_call import run_block
 from covercal.calibration import IN_MEMORY, Calibration, block_sums, round_parameters, start_calibration
 from covercal.decoder import DTYPES, Decoder, Site, block_inputs, linear_of, make_decoder, token_tensor
@@ -514,6 +515,24 @@ def test_the_module_loss_is_the_mean_squared_error_of_the_modules_output(site: i
     for seed in range(3):
         scale = torch.randn(place.channels, generator=torch.Generator().manual_seed(seed)).mul(0.5).exp()
         assert loss(scale) == pytest.approx(objective(decoder, place, "module", scale), rel=1e-4)
+
+
+def test_the_scale_of_an_expert_is_judged_by_its_gram_matrix_and_no_other_by_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Site] = []
+    monkeypatch.setattr(
+        input_scaling, "module_loss", lambda block, site, *rest: asked.append(site) or module_loss(block, site, *rest)
+    )
+    decoder, powers = decoder_of("mixtral"), {}
+    for loss in ("linear", "module"):
+        scaling, gram = {"search": "awq", "loss": loss}, {"expert_tokens": 1}
+        settings = Quantization(method="awq", bits=3, group_size=16, scaling=scaling, gram=gram)
+        reports = next(quantize_blocks(decoder, SAMPLES, settings, "float32")).reports
+        powers[loss] = {report.name: report.scaling for report in reports if ".down_proj" in report.name}
+    assert [site.linears[-1] for site in asked] == ["self_attn.v_proj", "self_attn.o_proj"]
+    assert len(powers["module"]) == EXPERTS
+    assert powers["module"] == powers["linear"]
 
 
 def test_the_module_loss_leaves_the_block_as_it_was() -> None:

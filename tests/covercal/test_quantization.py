@@ -36,6 +36,8 @@ from tests.tiny import ARCHITECTURES, BLOCKS, WIDTH, random_tokens, tiny_model
 SAMPLES = [*random_tokens(5, 24, 1), *random_tokens(4, 15, 2), *random_tokens(3, 24, 3)]
 GPTQ = Quantization(method="gptq", bits=3, group_size=16)
 RTN = Quantization(method="rtn", bits=3, group_size=16)
+AWQ = Quantization(method="awq", bits=3, group_size=16)
+STATIC = Quantization(method="w8a8_static")
 QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 
 
@@ -529,19 +531,36 @@ def test_a_linear_that_cannot_be_grouped_is_named() -> None:
         quantized(tiny_model(), Quantization(bits=4, group_size=48))
 
 
-def test_a_linear_whose_inputs_are_nan_is_named() -> None:
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("settings", "what"), [(GPTQ, "Gram matrix holds"), (STATIC, "inputs hold")], ids=["gptq", "static"]
+)
+def test_a_linear_whose_inputs_are_not_finite_is_named(settings: Quantization, what: str, bad: float) -> None:
     model = tiny_model()
     with torch.no_grad():
-        model.model.layers[1].input_layernorm.weight[3] = float("nan")
-    message = r"^model\.layers\.1\.self_attn\.q_proj cannot be quantised: its Gram matrix holds NaN or infinity\.$"
+        model.model.layers[1].input_layernorm.weight[3] = bad
+    message = rf"^model\.layers\.1\.self_attn\.q_proj cannot be quantised: its {what} NaN or infinity\.$"
     with pytest.raises(QuantizationError, match=message):
-        quantized(model)
+        quantized(model, settings)
 
 
-@pytest.mark.parametrize("settings", [GPTQ, RTN], ids=["gptq", "rtn"])
-def test_a_weight_that_is_nan_is_refused(settings: Quantization) -> None:
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [(GPTQ, "mlp.down_proj"), (RTN, "mlp.down_proj"), (AWQ, "self_attn.q_proj")],
+    ids=["gptq", "rtn", "awq"],
+)
+def test_a_weight_that_is_nan_is_refused(settings: Quantization, name: str) -> None:
     model = tiny_model()
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[5, 2] = float("nan")
-    with pytest.raises(QuantizationError, match=r"^model\.layers\.1\.mlp\.down_proj cannot be quantised: .*NaN"):
+        model.get_submodule(f"model.layers.1.{name}").weight[0, 0] = float("nan")
+    with pytest.raises(QuantizationError, match=rf"^model\.layers\.1\.{name} cannot be quantised: .*NaN.*\.$"):
         quantized(model, settings)
+
+
+def test_no_static_step_is_too_small_for_its_dtype() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.fill_(1e-7)
+    found = by_name(quantized(model, STATIC, "float16"))["model.layers.0.self_attn.q_proj"].input_scale
+    assert found is not None
+    assert found.tolist() == [2.0**-24]

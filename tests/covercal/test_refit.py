@@ -11,10 +11,11 @@ from torch import Tensor
 
 from covercal.gram import SiteStatistics
 from covercal.quantization_settings import Quantization
+from covercal.quantizers import refit
 from covercal.quantizers.factor import factorize
 from covercal.quantizers.grid import Grid
 from covercal.quantizers.levels import Levels
-from covercal.quantizers.pieces import Solved
+from covercal.quantizers.pieces import Solved, slab_weights
 from covercal.quantizers.polish import polish
 from covercal.quantizers.refit import LARGEST_CHANGE, refitted
 from covercal.quantizers.solver import solve_site
@@ -163,6 +164,31 @@ def test_rows_do_not_influence_each_other() -> None:
     some = replace(grid, scale=grid.scale[rows], zero=grid.zero[rows])
     alone = refitted(target[rows], steps[rows], some, plain_metric(gram)).scale
     torch.testing.assert_close(alone, refitted(target, steps, grid, plain_metric(gram)).scale[rows], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4, 6, 7])
+def test_no_more_systems_are_solved_at_once_than_fit_into_memory(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, gram, grid, steps = rounded(4, 3, 8)
+    expected = refitted(target, steps, grid, plain_metric(gram)).scale
+    solve, sizes = torch.linalg.solve_ex, []
+    monkeypatch.setattr(torch.linalg, "solve_ex", lambda a, b: sizes.append(len(a)) or solve(a, b))
+    monkeypatch.setattr(refit, "SYSTEM_NUMBERS", at_once * 3**2)
+    torch.testing.assert_close(refitted(target, steps, grid, plain_metric(gram)).scale, expected, rtol=1e-6, atol=0)
+    assert sum(sizes) == 6
+    assert max(sizes) == min(at_once, 6)
+
+
+@pytest.mark.parametrize(("columns", "group_size"), [(8192, 32), (16384, 32), (8192, 64), (28672, 64)])
+def test_rows_that_are_rounded_together_have_their_usual_scales_fitted_together(columns: int, group_size: int) -> None:
+    assert slab_weights(columns) // columns * (columns // group_size) ** 2 <= refit.SYSTEM_NUMBERS
+
+
+def test_the_systems_are_given_back_as_they_were() -> None:
+    systems = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 4, 4)))
+    systems[1, 2, 2] = 0
+    kept = systems.clone()
+    refit._solved(systems, torch.ones(3, 4).double())
+    assert torch.equal(systems, kept)
 
 
 @settings(deadline=None, max_examples=20)

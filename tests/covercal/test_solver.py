@@ -337,6 +337,14 @@ def test_evenly_spaced_rows_validate_when_there_are_many(monkeypatch: pytest.Mon
     assert solve_site(both, known, preset, DTYPE).regularization == candidates[int(np.argmin(losses))]
 
 
+def test_rows_that_validate_are_taken_without_a_copy_of_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    both, together, join = weights(5, 600, 7, 300), [], torch.cat
+    expected = join(both)[torch.linspace(0, 906, solver.VALIDATED_ROWS).round().long()]
+    monkeypatch.setattr(torch, "cat", lambda parts: together.append(sum(map(len, parts))) or join(parts))
+    assert torch.equal(solver._some_rows(both), expected)
+    assert together == [solver.VALIDATED_ROWS]
+
+
 def with_outliers(seed: int, *rows: int) -> list[Tensor]:
     """Return weights of which three a row are twelve times as large as the rest."""
     generator = torch.Generator().manual_seed(seed)

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from covercal import quantization
 from covercal.block_pass import BlockPass
-from covercal.calibration import round_parameters
+from covercal.calibration import block_sums, round_parameters
 from covercal.decoder import Decoder, linear_of, make_decoder, token_tensor
 from covercal.errors import QuantizationError
 from covercal.gram import SiteStatistics, SiteSums, Wanted
 from covercal.hidden_states import HiddenStates
 from covercal.input_scaling import ScaledSite, scale_block
 from covercal.quantization import (
+    VALIDATED_ALONE,
     PoolSource,
     QuantizedBlock,
     QuantizedLinear,
@@ -449,6 +450,12 @@ def test_fewer_samples_than_some_could_be_held_out_of_are_noted_for_every_linear
     assert {report.note for report in found.values()} == {note}
 
 
+@pytest.mark.parametrize(("count", "note"), [(3, NOTHING_HELD_OUT), (4, VALIDATED_ALONE)])
+def test_a_blend_with_a_pool_of_which_nothing_was_held_out_is_noted_for_every_linear(count: int, note: str) -> None:
+    found = reports_of(walk(choices(shrinkage="validated", gram="blend"), MIXED[:count], pool=pool_of("llama")))
+    assert {report.note for report in found.values()} == {note}
+
+
 def test_settings_that_read_the_pool_say_so_when_there_is_none() -> None:
     with pytest.raises(ValueError, match="read what is cached of the pool"):
         walk(choices("cached"), [])
@@ -580,6 +587,29 @@ def test_the_originals_inputs_are_compared_in_the_scale_of_the_quantised_ones(
     assert first.drift is not None
     assert first.gram is not None
     assert float(first.drift.abs().max()) < 1e-5 * float(first.gram.diagonal().max())
+
+
+@pytest.mark.parametrize(
+    ("settings", "gram"),
+    [
+        (choices("gptq", scaling="smooth"), False),
+        (choices("w8a8_static", scaling="smooth"), False),
+        (choices("rtn", scaling="smooth"), True),  # told of how well it was rounded
+        (choices("gptq", scaling="awq"), True),
+    ],
+)
+def test_before_rounding_gram_matrices_are_summed_where_they_are_read(
+    settings: Quantization, gram: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def noted(block: nn.Module, sites: Any, running: Any, wanted: Wanted) -> dict[int, SiteSums]:
+        asked.append(wanted.gram)
+        return block_sums(block, sites, running, wanted)
+
+    monkeypatch.setattr(quantization, "block_sums", noted)
+    assert not any(np.isnan(report.output_error) for report in reports_of(walk(settings)).values())
+    assert asked == [gram] * BLOCKS
 
 
 @pytest.mark.parametrize("search", ["none", "awq"])
