@@ -20,6 +20,8 @@ from covercal.errors import InputError
 from covercal.recipe import TextSource
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".json.gz", ".ndjson.gz", ".jsonl.gz")
+SUFFIXES = (*JSON_SUFFIXES, ".parquet", *TEXT_SUFFIXES)
 BYTES_PER_TOKEN = 4  # only guesses when a text is visited first
 SEPARATOR = "\n\n"
 
@@ -127,9 +129,11 @@ def source_files(source: TextSource) -> list[Path]:
     Raises
     ------
     InputError
-        When the path does not exist, holds no text, or a file whose name is no text.
+        When the path does not exist, holds no text, or is or holds a file whose name is no text.
     """
     path = Path(str(source.path))
+    if not _is_unicode(path.name):
+        raise InputError(f"The name of text source {path.name!a} is not UTF-8; rename it.")
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in TEXT_SUFFIXES)
         if not files:
@@ -162,17 +166,15 @@ def read_documents(source: TextSource) -> Iterator[Document]:
             yield Document(_read_text(file), path.name if folder == "." else folder, file.relative_to(path).as_posix())
         return
     source_files(source)
-    name, stem = path.name, path.name.split(".")[0]
-    if name.endswith((".jsonl", ".jsonl.gz", ".ndjson", ".json")):
-        yield from _from_rows(_json_rows(path), source, name, stem)
-    elif name.endswith(".parquet"):
-        yield from _from_rows(_parquet_rows(path, source), source, name, stem)
-    elif path.suffix in TEXT_SUFFIXES:
+    name, suffix = path.name, next(filter(path.name.endswith, SUFFIXES), None)
+    if suffix is None:
+        raise InputError(f"{path}: a source is {', '.join(SUFFIXES)} or a folder of texts.")
+    stem = name.removesuffix(suffix)
+    if suffix in TEXT_SUFFIXES:
         yield Document(_read_text(path), stem, name)
     else:
-        raise InputError(
-            f"{path}: a source is .jsonl, .jsonl.gz, .parquet, {', '.join(TEXT_SUFFIXES)} or a folder of texts."
-        )
+        rows = _json_rows(path) if suffix in JSON_SUFFIXES else _parquet_rows(path, source)
+        yield from _from_rows(rows, source, name, stem)
 
 
 def _from_rows(
@@ -185,10 +187,11 @@ def _from_rows(
             raise InputError(f"{name}, row {index}: field `{source.domain}` is empty; every text needs a domain.")
         if not isinstance(text, str):
             raise InputError(f"{name}, row {index}: field `{source.text}` holds {type(text).__name__}, not text.")
-        if not _is_unicode(text):
-            raise InputError(
-                f"{name}, row {index}: the text holds half a character (a lone surrogate), which is no text."
-            )
+        for wanted, value in ((source.text, text), (source.domain, str(domain))):
+            if not _is_unicode(value):
+                raise InputError(
+                    f"{name}, row {index}: field `{wanted}` holds half a character (a lone surrogate), no text."
+                )
         yield Document(text, str(domain), f"{name}:{index}")
 
 
@@ -215,14 +218,21 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
-                        raise InputError(f"{path}, line {index}: a row must be a JSON object.")
+                        raise InputError(f"{path}, line {index}: a row must be a JSON object, one a line (JSON lines).")
                     yield row
     except json.JSONDecodeError as cause:
-        raise InputError(f"{path}, line {index}: not valid JSON ({cause.msg}); is the file cut short?") from cause
+        raise InputError(
+            f"{path}, line {index}: not valid JSON ({cause.msg}); each line must be a JSON object of its own "
+            "(JSON lines). Is the file cut short?"
+        ) from cause
     except (EOFError, zlib.error, gzip.BadGzipFile) as cause:
         raise InputError(f"{path} is cut short or damaged after line {index} ({cause}); fetch it again.") from cause
     except UnicodeDecodeError as cause:
         raise InputError(f"{path} is not UTF-8 text after line {index} ({cause.reason}).") from cause
+    except (ValueError, RecursionError) as cause:
+        raise InputError(
+            f"{path}, line {index}: a number is too long or brackets lie too deep to be read; leave that field out."
+        ) from cause
 
 
 def _parquet_rows(path: Path, source: TextSource) -> Iterator[Mapping[str, Any]]:

@@ -51,7 +51,7 @@ class PerplexitySettings:
 
 @cached(
     "pool",
-    version=2,
+    version=3,
     ignored=("imported",),
     names={
         "sources": "pool.sources",
@@ -91,7 +91,7 @@ def make_pool(
     return asdict(counts)
 
 
-@cached("texts", version=3, ignored=("imported",), names={"source": "evaluation.text", "settings": "evaluation"})
+@cached("texts", version=4, ignored=("imported",), names={"source": "evaluation.text", "settings": "evaluation"})
 def make_texts(
     build: Build,
     *,

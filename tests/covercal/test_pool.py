@@ -144,10 +144,17 @@ def test_blank_lines_between_rows_are_skipped(tmp_path: Path) -> None:
     assert [document.text for document in read_documents(source)] == ["a", "b"]
 
 
-@pytest.mark.parametrize("name", ["book.txt", "book.md", "book.rst", "book.text"])
+@pytest.mark.parametrize("name", ["book.txt", "book.md", "book.rst", "book.text", "book.en.txt"])
 def test_a_text_file_is_one_text_of_the_domain_of_its_name(tmp_path: Path, name: str) -> None:
     source = file_source(tmp_path / name, "first line\n\nsecond é\n")
-    assert list(read_documents(source)) == [Document("first line\n\nsecond é\n", "book", name)]
+    assert list(read_documents(source)) == [Document("first line\n\nsecond é\n", name.rpartition(".")[0], name)]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".ndjson", ".jsonl", ".json.gz", ".ndjson.gz", ".jsonl.gz", ".parquet"])
+def test_of_a_files_name_only_the_suffix_is_no_part_of_the_domain(tmp_path: Path, suffix: str) -> None:
+    write = write_gzip if suffix.endswith(".gz") else write_parquet if suffix == ".parquet" else write_jsonl
+    path = Path(str(write(tmp_path).path)).rename(tmp_path / f"wiki.en.0-of-8{suffix}")
+    assert {document.domain for document in read_documents(TextSource(path=str(path)))} == {"wiki.en.0-of-8"}
 
 
 def test_a_folder_gives_its_text_files_by_name_with_the_sub_folder_as_domain(tmp_path: Path) -> None:
@@ -173,6 +180,13 @@ def test_a_file_of_a_folder_whose_name_is_no_text_is_refused(tmp_path: Path) -> 
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.txt")).write_text("words")
     with pytest.raises(InputError, match=r"holds a file whose name is not UTF-8, 'a\\udcff.txt'; rename it"):
         source_files(TextSource(path=str(tmp_path)))
+
+
+def test_a_source_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.jsonl"))
+    path.write_text('{"text": "words"}')
+    with pytest.raises(InputError, match=r"text source 'a\\udcff.jsonl' is not UTF-8; rename it"):
+        source_files(TextSource(path=str(path)))
 
 
 def test_rows_of_a_folder_are_its_files(tmp_path: Path) -> None:
@@ -205,6 +219,18 @@ def test_an_unknown_kind_of_file_is_told_the_known_ones(tmp_path: Path) -> None:
 def test_a_broken_json_line_is_named_by_its_number(tmp_path: Path) -> None:
     said = complaint(file_source(tmp_path / "rows.jsonl", '{"text": "a"}\n\n{"text": "b"}\n{"text": \n{"text": "c"}\n'))
     assert f"{tmp_path / 'rows.jsonl'}, line 4: not valid JSON" in said
+
+
+def test_json_that_is_not_one_object_a_line_is_told_to_be(tmp_path: Path) -> None:
+    said = complaint(file_source(tmp_path / "rows.json", '[\n  {"text": "a"}\n]\n'))
+    assert f"{tmp_path / 'rows.json'}, line 1: not valid JSON" in said
+    assert "each line must be a JSON object of its own (JSON lines)" in said
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000 + "]" * 100_000], ids=["digits", "brackets"])
+def test_a_field_that_no_json_reader_takes_is_named_by_its_line(tmp_path: Path, value: str) -> None:
+    said = complaint(file_source(tmp_path / "rows.jsonl", f'{{"text": "a"}}\n{{"text": "b", "more": {value}}}\n'))
+    assert f"{tmp_path / 'rows.jsonl'}, line 2: a number is too long or brackets lie too deep" in said
 
 
 @pytest.mark.parametrize("row", ["[1]", '"text"', "3", "null"])
@@ -281,10 +307,12 @@ def test_a_file_of_a_folder_that_is_not_utf_8_is_refused_by_name(tmp_path: Path)
     assert f"{tmp_path / 'corpus' / 'b.txt'} is not UTF-8 text" in complaint(TextSource(path=str(tmp_path / "corpus")))
 
 
-def test_a_text_with_half_a_character_is_refused_by_row(tmp_path: Path) -> None:
-    said = complaint(file_source(tmp_path / "rows.jsonl", '{"text": "fine"}\n{"text": "half \\ud83d of it"}\n'))
-    assert "rows.jsonl" in said
-    assert "row 1" in said
+@pytest.mark.parametrize("field", ["text", "domain"])
+def test_a_text_or_a_domain_with_half_a_character_is_refused_by_row(tmp_path: Path, field: str) -> None:
+    rows = [{"text": "fine", "domain": "fine"}, {"text": "fine", "domain": "fine"} | {field: "half \ud83d of it"}]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    said = complaint(file_source(tmp_path / "rows.jsonl", content, domain="domain"))
+    assert f"rows.jsonl, row 1: field `{field}` holds half a character" in said
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.99])
