@@ -478,16 +478,43 @@ def documents_of_all_sizes(draw: st.DrawFn) -> list[Document]:
 packing_property = settings(deadline=None, max_examples=60)
 
 
-@given(documents_of_all_sizes(), _lengths, _seeds, st.sampled_from(["join", "separate"]), st.booleans())
+@given(documents_of_all_sizes(), _lengths, _seeds, st.booleans())
 @packing_property
 def test_lengths_are_exact_and_take_turns_within_a_domain(
-    documents: list[Document], lengths: list[int], seed: int, packing: str, first: bool
+    documents: list[Document], lengths: list[int], seed: int, first: bool
 ) -> None:
     found = defaultdict(list)
-    for sample in packed(documents, lengths, packing=packing, seed=seed, first=first):
+    for sample in packed(documents, lengths, seed=seed, first=first):
         found[sample.domain].append(sample.tokens.size)
     for sizes in found.values():
         assert sizes == list(islice(cycle(lengths), len(sizes)))
+
+
+@given(documents_of_all_sizes(), _lengths, _seeds, st.booleans())
+@packing_property
+def test_a_separate_sample_has_the_length_that_its_domain_has_fewest_of_among_those_that_its_text_fills(
+    documents: list[Document], lengths: list[int], seed: int, first: bool
+) -> None:
+    left = {document.origin: len(token_ids(document.text)) for document in documents}
+    given_samples = {document.domain: [0] * len(lengths) for document in documents}
+    for sample in packed_without_repeats(documents, lengths, packing="separate", seed=seed, first=first):
+        (origin,), had = sample.origins, given_samples[sample.domain]
+        filled = [place for place, length in enumerate(lengths) if length - first <= left[origin]]
+        place = min(filled, key=lambda place: (had[place], place))
+        assert sample.tokens.size == lengths[place]
+        had[place] += 1
+        left[origin] -= lengths[place] - first
+    assert all(rest < min(lengths) - first for rest in left.values())
+
+
+@pytest.mark.parametrize("more", [1, -1], ids=["longer last", "longer first"])
+def test_a_length_that_no_text_fills_costs_no_separate_sample(more: int) -> None:
+    documents = corpus(20)
+    lengths = [16, 1 + max(len(token_ids(document.text)) for document in documents)][::more]
+    counts = Counts()
+    samples = packed(documents, lengths, packing="separate", counts=counts)
+    assert {sample.digest for sample in samples} == {s.digest for s in packed(documents, [16], packing="separate")}
+    assert counts.too_short == 0
 
 
 @given(documents_of_all_sizes(), _lengths, _seeds)
@@ -567,14 +594,14 @@ def test_a_separate_text_gives_as_many_samples_as_fit_into_it(
         assert given_samples[document.origin] == len(token_ids(document.text)) // (length - first)
 
 
-@given(documents_of_all_sizes(), st.integers(3, 50), _seeds, st.booleans())
+@given(documents_of_all_sizes(), _lengths, _seeds, st.booleans())
 @packing_property
 def test_a_text_too_short_for_a_separate_sample_is_counted_once(
-    documents: list[Document], length: int, seed: int, first: bool
+    documents: list[Document], lengths: list[int], seed: int, first: bool
 ) -> None:
     counts = Counts()
-    packed(documents, [length], packing="separate", seed=seed, first=first, counts=counts)
-    assert counts.too_short == sum(len(token_ids(document.text)) < length - first for document in documents)
+    packed(documents, lengths, packing="separate", seed=seed, first=first, counts=counts)
+    assert counts.too_short == sum(len(token_ids(document.text)) < min(lengths) - first for document in documents)
 
 
 @given(documents_of_all_sizes(), _lengths, _seeds, st.sampled_from(["join", "separate"]))
@@ -719,14 +746,14 @@ _domain_rows = st.lists(st.sampled_from("abcd"), max_size=30)
 
 @given(_domain_rows, st.integers(1, 40))
 def test_as_many_as_asked_are_chosen_while_there_are_any(domains: list[str], limit: int) -> None:
-    chosen = [sample.origins for sample in spread_over_domains(numbered(domains), limit)]
+    chosen = [sample.origins for sample in spread_over_domains(numbered(domains), limit, set(domains))]
     assert len(chosen) == len(set(chosen)) == min(limit, len(domains))
 
 
 @given(_domain_rows, st.integers(1, 40))
 def test_domains_differ_by_at_most_one_while_their_texts_last(domains: list[str], limit: int) -> None:
     there = Counter(domains)
-    chosen = Counter(sample.domain for sample in spread_over_domains(numbered(domains), limit))
+    chosen = Counter(sample.domain for sample in spread_over_domains(numbered(domains), limit, set(domains)))
     most = max(chosen.values(), default=0)
     for domain, available in there.items():
         assert chosen[domain] == available or chosen[domain] >= most - 1
@@ -735,10 +762,24 @@ def test_domains_differ_by_at_most_one_while_their_texts_last(domains: list[str]
 @given(_domain_rows, st.integers(1, 40))
 def test_of_each_domain_the_first_samples_are_chosen_in_their_order(domains: list[str], limit: int) -> None:
     samples = numbered(domains)
-    chosen = spread_over_domains(iter(samples), limit)
+    chosen = spread_over_domains(iter(samples), limit, set(domains))
     for domain in set(domains):
         mine = [sample.origins for sample in chosen if sample.domain == domain]
         assert mine == [sample.origins for sample in samples if sample.domain == domain][: len(mine)]
+
+
+@given(_domain_rows, st.integers(1, 40))
+def test_samples_are_taken_until_each_domain_has_its_share_and_the_choice_is_that_of_all_samples(
+    domains: list[str], limit: int
+) -> None:
+    samples = iter(numbered(domains))
+    chosen = spread_over_domains(samples, limit, set(domains))
+    taken = len(domains) - len(list(samples))
+    share = -(-limit // max(1, len(set(domains))))
+    whole = [n for n in range(len(domains)) if min(Counter(domains[: n + 1])[each] for each in set(domains)) >= share]
+    assert taken == (whole[0] + 1 if whole else len(domains))
+    every = spread_over_domains(numbered(domains), limit, {*domains, "without texts"})
+    assert [sample.origins for sample in chosen] == [sample.origins for sample in every]
 
 
 _window_texts = st.builds(tiny.text, st.integers(0, 50), st.sampled_from(sorted(tiny.DOMAINS)), st.integers(1, 200))
@@ -770,6 +811,11 @@ def test_a_limit_takes_the_first_windows(text: str, window: int, limit: int) -> 
     every = windows(text, tokenizer(), window, None, "book")
     limited = windows(text, tokenizer(), window, limit, "book")
     assert [sample.digest for sample in limited] == [sample.digest for sample in every][:limit]
+
+
+def test_a_window_without_room_beside_the_first_tokens_is_refused() -> None:
+    with pytest.raises(InputError, match="A sample of 1 tokens has no room beside 1 special first tokens"):
+        windows(tiny.text(0, "code"), tokenizer(True), 1, None, "book")
 
 
 def test_a_window_names_its_text_and_where_it_begins() -> None:
