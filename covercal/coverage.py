@@ -16,6 +16,7 @@ STRIP_ROWS = 1024
 SPARSE_SHARE = 0.25  # of the bytes may be filled for lists of all channels at once to be faster than one by one
 LISTED_BYTES = 2**24  # at most so many, for their memory: 400 MB while they are made
 LISTS_AT_ONCE = 4096
+KEPT_SAMPLES = 2**24  # in the lists of single channels, for their memory: 130 MB
 TABLE_SHARE = 0.8  # where eight channels fire more often than this, a table of their sums is faster than lists
 LISTING_SHARE = 0.7  # finding what fires a channel takes as long as subtracting from this share of all samples
 BYTE_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.int64)  # (256, 8)
@@ -265,6 +266,7 @@ class _Channels:
         sparse = np.count_nonzero(self._bytes) <= min(SPARSE_SHARE * self._bytes.size, LISTED_BYTES)
         self._lists = _Lists(self._bytes) if sparse else None
         self._samples: dict[int, Int64] = {}  # of a full matrix: that fire a channel; found when first needed
+        self._room = KEPT_SAMPLES
         fires = self._counted() if self._lists is None else self._lists.counts
         self.fires = fires[: coverage.channels]
         listing = 0 if self._lists is not None else math.ceil(LISTING_SHARE * coverage.shape[0])
@@ -292,7 +294,8 @@ class _Channels:
         weights = np.zeros((len(self._bytes), 8), dtype=np.int64)
         tabled = channels[by_table]
         weights.reshape(-1)[tabled] = fixed[tabled]
-        self._cost[tabled] -= (self._cost[tabled] - self.fires[tabled]) // 2  # asked for again, a list is worth making
+        if self._room > 0:  # asked for again, a list is worth making
+            self._cost[tabled] -= (self._cost[tabled] - self.fires[tabled]) // 2
         together = places[starts[often]]
         for place, sums in zip(together, weights[together] @ BYTE_BITS.T, strict=True):
             gain -= sums.take(self._bytes[place])
@@ -307,10 +310,14 @@ class _Channels:
             np.subtract.at(gain, self._fired_by(int(channel)), fixed[channel])
 
     def _fired_by(self, channel: int) -> Int64:
-        if channel not in self._samples:
-            self._samples[channel] = np.flatnonzero(self._bytes[channel >> 3] & (128 >> (channel & 7)) != 0)
-            self._cost[channel] = self.fires[channel]
-        return self._samples[channel]
+        found = self._samples.get(channel)
+        if found is None:
+            found = np.flatnonzero(self._bytes[channel >> 3] & (128 >> (channel & 7)) != 0)
+            if self._room > 0:
+                self._room -= found.size
+                self._samples[channel] = found
+                self._cost[channel] = self.fires[channel]
+        return found
 
 
 class _Lists:

@@ -6,10 +6,10 @@ import heapq
 import json
 import math
 import zlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,8 @@ from covercal.errors import InputError
 from covercal.recipe import TextSource
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".json.gz", ".ndjson.gz", ".jsonl.gz")
+SUFFIXES = (*JSON_SUFFIXES, ".parquet", *TEXT_SUFFIXES)
 BYTES_PER_TOKEN = 4  # only guesses when a text is visited first
 SEPARATOR = "\n\n"
 
@@ -127,9 +129,11 @@ def source_files(source: TextSource) -> list[Path]:
     Raises
     ------
     InputError
-        When the path does not exist, holds no text, or a file whose name is no text.
+        When the path does not exist, holds no text, or is or holds a file whose name is no text.
     """
     path = Path(str(source.path))
+    if not _is_unicode(path.name):
+        raise InputError(f"The name of text source {path.name!a} is not UTF-8; rename it.")
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in TEXT_SUFFIXES)
         if not files:
@@ -162,17 +166,15 @@ def read_documents(source: TextSource) -> Iterator[Document]:
             yield Document(_read_text(file), path.name if folder == "." else folder, file.relative_to(path).as_posix())
         return
     source_files(source)
-    name, stem = path.name, path.name.split(".")[0]
-    if name.endswith((".jsonl", ".jsonl.gz", ".ndjson", ".json")):
-        yield from _from_rows(_json_rows(path), source, name, stem)
-    elif name.endswith(".parquet"):
-        yield from _from_rows(_parquet_rows(path, source), source, name, stem)
-    elif path.suffix in TEXT_SUFFIXES:
+    name, suffix = path.name, next(filter(path.name.endswith, SUFFIXES), None)
+    if suffix is None:
+        raise InputError(f"{path}: a source is {', '.join(SUFFIXES)} or a folder of texts.")
+    stem = name.removesuffix(suffix)
+    if suffix in TEXT_SUFFIXES:
         yield Document(_read_text(path), stem, name)
     else:
-        raise InputError(
-            f"{path}: a source is .jsonl, .jsonl.gz, .parquet, {', '.join(TEXT_SUFFIXES)} or a folder of texts."
-        )
+        rows = _json_rows(path) if suffix in JSON_SUFFIXES else _parquet_rows(path, source)
+        yield from _from_rows(rows, source, name, stem)
 
 
 def _from_rows(
@@ -185,10 +187,11 @@ def _from_rows(
             raise InputError(f"{name}, row {index}: field `{source.domain}` is empty; every text needs a domain.")
         if not isinstance(text, str):
             raise InputError(f"{name}, row {index}: field `{source.text}` holds {type(text).__name__}, not text.")
-        if not _is_unicode(text):
-            raise InputError(
-                f"{name}, row {index}: the text holds half a character (a lone surrogate), which is no text."
-            )
+        for wanted, value in ((source.text, text), (source.domain, str(domain))):
+            if not _is_unicode(value):
+                raise InputError(
+                    f"{name}, row {index}: field `{wanted}` holds half a character (a lone surrogate), no text."
+                )
         yield Document(text, str(domain), f"{name}:{index}")
 
 
@@ -215,14 +218,21 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
-                        raise InputError(f"{path}, line {index}: a row must be a JSON object.")
+                        raise InputError(f"{path}, line {index}: a row must be a JSON object, one a line (JSON lines).")
                     yield row
     except json.JSONDecodeError as cause:
-        raise InputError(f"{path}, line {index}: not valid JSON ({cause.msg}); is the file cut short?") from cause
+        raise InputError(
+            f"{path}, line {index}: not valid JSON ({cause.msg}); each line must be a JSON object of its own "
+            "(JSON lines). Is the file cut short?"
+        ) from cause
     except (EOFError, zlib.error, gzip.BadGzipFile) as cause:
         raise InputError(f"{path} is cut short or damaged after line {index} ({cause}); fetch it again.") from cause
     except UnicodeDecodeError as cause:
         raise InputError(f"{path} is not UTF-8 text after line {index} ({cause.reason}).") from cause
+    except (ValueError, RecursionError) as cause:
+        raise InputError(
+            f"{path}, line {index}: a number is too long or brackets lie too deep to be read; leave that field out."
+        ) from cause
 
 
 def _parquet_rows(path: Path, source: TextSource) -> Iterator[Mapping[str, Any]]:
@@ -313,10 +323,10 @@ def pack(
         Gives token ids; each sample begins with its special first tokens (BOS), if it has any. Special tokens that
         a text spells out, as texts made with a chat template do, stay special; first tokens are not put twice.
     lengths
-        Tokens of a sample; several lengths take turns within a domain.
+        Tokens of a sample; several lengths take turns within a domain: next comes the one that it has fewest of.
     packing
         `join` fills a sequence with several texts, a blank line between them; `separate` takes each sample
-        from one text and drops (and counts) what is too short.
+        from one text, of the lengths that it fills, and drops (and counts) what is too short for all of them.
     seed
         Of the order.
     counts
@@ -329,14 +339,13 @@ def pack(
         When a length leaves no room beside the special first tokens.
     """
     prefix = special_prefix(tokenizer)
-    if min(lengths) <= len(prefix):
-        raise InputError(f"A sample of {min(lengths)} tokens has no room beside {len(prefix)} special first tokens.")
+    _check_room(min(lengths), prefix)
     separator = tokenizer.encode(SEPARATOR, add_special_tokens=False) if packing == "join" else []
     visits = _Visits(documents, float(np.mean(lengths)) - len(prefix), np.random.default_rng(seed))
     streams: dict[int, Tokens] = {}
     untouched: set[int] = set()
     open_sequences: dict[str, _OpenSequence] = {}
-    given: defaultdict[str, int] = defaultdict(int)
+    given: defaultdict[str, Counter[int]] = defaultdict(Counter)
     seen: set[str] = set()
     for index in visits:
         document = documents[index]
@@ -347,24 +356,24 @@ def pack(
             untouched.add(index)
         if not streams[index].size:
             continue
+        reach = max(lengths) if packing == "join" else len(prefix) + streams[index].size
+        turn = _turn(lengths, given[document.domain], reach)
+        if turn is None:
+            counts.too_short += index in untouched
+            streams[index] = streams[index][:0]
+            continue
+        wanted = lengths[turn]
         sequence = open_sequences.setdefault(document.domain, _OpenSequence(prefix))
-        wanted = lengths[given[document.domain] % len(lengths)]
-        if packing == "separate":
-            sequence.clear()
-            if len(prefix) + streams[index].size < wanted:
-                counts.too_short += index in untouched
-                streams[index] = streams[index][:0]
-                continue
         streams[index] = sequence.add(streams[index], wanted, index, separator)
         if len(sequence) == wanted:
             untouched.difference_update(sequence.texts)
             sample = Sample(sequence.tokens(), document.domain, tuple(documents[i].origin for i in sequence.texts))
             sequence.clear()
-            if sample.digest in seen:
+            if (digest := sample.digest) in seen:
                 counts.repeated += 1
             else:
-                seen.add(sample.digest)
-                given[document.domain] += 1
+                seen.add(digest)
+                given[document.domain][turn] += 1
                 yield sample
         if streams[index].size:
             visits.again(index)
@@ -372,6 +381,16 @@ def pack(
         for index in untouched.intersection(sequence.texts):
             domain = documents[index].domain
             counts.left_over[domain] = counts.left_over.get(domain, 0) + 1
+
+
+def _check_room(length: int, prefix: list[int]) -> None:
+    if length <= len(prefix):
+        raise InputError(f"A sample of {length} tokens has no room beside {len(prefix)} special first tokens.")
+
+
+def _turn(lengths: Sequence[int], given: Mapping[int, int], reach: int) -> int | None:
+    """Return the place of the first length that was given least often, of those up to `reach`; None when none is."""
+    return min((place for place, length in enumerate(lengths) if length <= reach), key=given.__getitem__, default=None)
 
 
 class _Visits:
@@ -464,23 +483,32 @@ class _OpenSequence:
 # --- evaluation texts ----------------------------------------------------------------------------------------------
 
 
-def spread_over_domains(samples: Iterable[Sample], limit: int) -> list[Sample]:
-    """Return up to `limit` samples, as evenly over the domains as the texts allow, in their order."""
-    by_domain: defaultdict[str, list[Sample]] = defaultdict(list)
+def spread_over_domains(samples: Iterable[Sample], limit: int, domains: Collection[str]) -> list[Sample]:
+    """Return up to `limit` samples, as evenly over the domains as the texts allow, in their order.
+
+    Samples are taken until each of `domains`, which are all that there are, has given its share.
+    """
+    share = math.ceil(limit / max(1, len(domains)))
+    queues: dict[str, list[Sample]] = {domain: [] for domain in sorted(domains)}
+    lacking = len(queues)
     for sample in samples:
-        by_domain[sample.domain].append(sample)
-    chosen: list[Sample] = []
-    queues = [by_domain[name] for name in sorted(by_domain)]
-    depth = 0
-    while len(chosen) < limit and any(depth < len(queue) for queue in queues):
-        chosen.extend(queue[depth] for queue in queues if depth < len(queue))
-        depth += 1
-    return chosen[:limit]
+        queues[sample.domain].append(sample)
+        lacking -= len(queues[sample.domain]) == share
+        if not lacking:
+            break
+    return [sample for row in zip_longest(*queues.values()) for sample in row if sample is not None][:limit]
 
 
 def windows(text: str, tokenizer: Tokenizer, window: int, limit: int | None, domain: str) -> list[Sample]:
-    """Return the consecutive, non-overlapping windows of one text; what does not fill a window is left out."""
+    """Return the consecutive, non-overlapping windows of one text; what does not fill a window is left out.
+
+    Raises
+    ------
+    InputError
+        When a window leaves no room beside the special first tokens.
+    """
     prefix = special_prefix(tokenizer)
+    _check_room(window, prefix)
     stream = _text_tokens(text, tokenizer, prefix)
     step = window - len(prefix)
     starts = range(0, stream.size - step + 1, step)[:limit]

@@ -74,7 +74,7 @@ def run_chain(recipe: Recipe, inputs: Inputs, execution: Execution, *, until: st
         pool,
         shards,
         pool_statistics(recipe, execution, pool, shards, place),
-        pool_losses(recipe, execution, pool, shards, place) if until != "outliers" else None,
+        pool_losses(recipe, execution, pool, shards, place, shown=until == "report") if until != "outliers" else None,
     )
     if until == "outliers":
         outliers = find_channels(recipe, execution, measured, "outliers", ())

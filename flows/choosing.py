@@ -35,9 +35,11 @@ def pool_statistics(recipe: Recipe, execution: Execution, pool: Any, shards: Any
     return execution.map("statistics", capture_shard, [{**common, "shard": shard} for shard in shards])
 
 
-def pool_losses(recipe: Recipe, execution: Execution, pool: Any, shards: Any, place: dict[str, Any]) -> Any:
-    """Measure how well the original predicts every sample, where a selector asks for it."""
-    reading = (recipe.selection.selector, *(recipe.report.selectors or ()))
+def pool_losses(
+    recipe: Recipe, execution: Execution, pool: Any, shards: Any, place: dict[str, Any], *, shown: bool
+) -> Any:
+    """Measure how well the original predicts every sample, where a selector asks for it: one that is `shown`, too."""
+    reading = (recipe.selection.selector, *(recipe.report.selectors or () if shown else ()))
     if not any("losses" in selector(name).reads for name in reading):
         return ()
     if isinstance(shards, Pending):

@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
+from covercal.errors import ActivationError
 from storage.manifest import Ref
 from storage.tables import write_table
 from tasks.cached import Build, cached
@@ -29,11 +31,23 @@ def sample_losses(
     dtype: "Dtype",
     device: str,
 ) -> dict[str, Any]:
-    """Write the mean negative log-likelihood per token of every sample of a shard, in nats."""
+    """Write the mean negative log-likelihood per token of every sample of a shard, in nats.
+
+    Raises
+    ------
+    ActivationError
+        When one is NaN or infinite; names the sample.
+    """
     from covercal.evaluation import mean_losses
 
     decoder = original_decoder(build.store, model, imported, dtype, device)
     tokens = sample_tokens(build.store, pool)[shard.start : shard.stop]
     losses = mean_losses(decoder, tokens, advance=build.progress(len(tokens), "samples"))
+    damaged = np.flatnonzero(~np.isfinite(losses))
+    if damaged.size:
+        raise ActivationError(
+            f"The loss of sample {shard.start + damaged[0]} is NaN or infinite, and so are the model's outputs for it; "
+            "a wider dtype (model.dtype: bfloat16 or float32) usually cures an overflow, not a damaged weight."
+        )
     write_table(build.folder / LOSSES, {"loss": pa.array(losses)})
     return {"samples": len(tokens)}

@@ -51,7 +51,7 @@ class PerplexitySettings:
 
 @cached(
     "pool",
-    version=2,
+    version=3,
     ignored=("imported",),
     names={
         "sources": "pool.sources",
@@ -91,7 +91,7 @@ def make_pool(
     return asdict(counts)
 
 
-@cached("texts", version=3, ignored=("imported",), names={"source": "evaluation.text", "settings": "evaluation"})
+@cached("texts", version=4, ignored=("imported",), names={"source": "evaluation.text", "settings": "evaluation"})
 def make_texts(
     build: Build,
     *,
@@ -100,7 +100,11 @@ def make_texts(
     imported: Ref | None,
     settings: DivergenceSettings | PerplexitySettings,
 ) -> dict[str, Any]:
-    """Tokenise an evaluation text: windows in their order, or sequences spread over the domains."""
+    """Tokenise an evaluation text: windows in their order, or sequences spread over the domains.
+
+    Of the latter, the counts are of all texts for what was read, and up to the last sequence that was needed for what
+    was packed.
+    """
     counts = Counts()
     encoder = load_tokenizer(build.store, tokenizer.model, imported)
     if isinstance(settings, PerplexitySettings):  # the whole text as it is: repeated and empty rows belong to it
@@ -109,7 +113,7 @@ def make_texts(
     else:
         documents = unique_documents([source.source], counts)
         every = pack(documents, encoder, (settings.window,), packing="join", seed=0, counts=counts)
-        chosen = spread_over_domains(every, settings.limit)
+        chosen = spread_over_domains(every, settings.limit, {each.domain for each in documents})
     if not chosen:
         raise InputError(
             f"Evaluation text {source.source.name} is shorter than one window of {settings.window} tokens; "

@@ -1,5 +1,6 @@
 """Stage `outliers`: thresholds by site, outlier channels, their weights, and which sample fires which channel."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,15 +136,16 @@ def poor_sites(store: ArtifactStore, outliers: Ref, linears: list[dict[str, Any]
         met too few tokens. A site of such linears alone is not poor.
     """
     sites = read_table(store.path(outliers) / THRESHOLDS, ["site", "block", "linears"]).to_pylist()
-    errors = {row["name"]: row["output_error"] for row in linears if row["output_error"] is not None}
-    found = {}
-    for row in sites:
-        ends = tuple(f".{row['block']}.{name}" for name in row["linears"].split(", "))
-        mine = [error for name, error in errors.items() if name.endswith(ends)]
-        if mine:
-            found[row["site"]] = float(np.sqrt(np.mean(np.square(mine))))
-    known = tuple(found)
-    return tuple(known[i] for i in poorly_reconstructed(np.array([found[site] for site in known])))
+    site_of = {f".{row['block']}.{name}": row["site"] for row in sites for name in row["linears"].split(", ")}
+    errors = defaultdict(list)
+    for row in linears:
+        ends = (row["name"][at:] for at, letter in enumerate(row["name"]) if letter == ".")  # the longest first
+        end = next(filter(site_of.__contains__, ends), None)
+        if end is not None and row["output_error"] is not None:
+            errors[site_of[end]].append(row["output_error"])
+    known = [row["site"] for row in sites if row["site"] in errors]
+    found = np.array([np.sqrt(np.mean(np.square(errors[site]))) for site in known])
+    return tuple(known[i] for i in poorly_reconstructed(found))
 
 
 class BitColumns:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from covercal.coverage import (
     PackedBits,
+    _Channels,
     covered_channels,
     expected_random_coverage,
     greedy_cover,
@@ -363,6 +364,25 @@ def test_tables_and_lists_of_channels_come_to_the_same(
     for order, gains in found[1:]:
         np.testing.assert_array_equal(order, found[0][0])
         np.testing.assert_array_equal(gains, found[0][1])
+
+
+@pytest.mark.parametrize("kept", [0, 500])
+@pytest.mark.parametrize("choose", [greedy_cover, greedy_soft_cover])
+def test_what_is_kept_of_a_full_matrix_is_bounded_and_changes_nothing(
+    choose: Callable[..., Any], kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coverage, weights = random_case(7, 300, 201, 0.4)
+    made: list[_Channels] = []
+    monkeypatch.setattr("covercal.coverage._Channels", lambda bits: made.append(_Channels(bits)) or made[-1])
+    monkeypatch.setattr("covercal.coverage.TABLE_SHARE", math.inf)
+    orders = []
+    for room in (kept, 2**24):
+        monkeypatch.setattr("covercal.coverage.KEPT_SAMPLES", room)
+        chosen = choose(coverage, weights, 60)
+        orders.append(chosen.order if choose is greedy_cover else chosen[0])
+    np.testing.assert_array_equal(*orders)
+    sizes = [sum(samples.size for samples in each._samples.values()) for each in made]
+    assert sizes[0] < kept + 300 < sizes[1]
 
 
 @pytest.mark.parametrize("seed", [3, 4])

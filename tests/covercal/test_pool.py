@@ -144,10 +144,17 @@ def test_blank_lines_between_rows_are_skipped(tmp_path: Path) -> None:
     assert [document.text for document in read_documents(source)] == ["a", "b"]
 
 
-@pytest.mark.parametrize("name", ["book.txt", "book.md", "book.rst", "book.text"])
+@pytest.mark.parametrize("name", ["book.txt", "book.md", "book.rst", "book.text", "book.en.txt"])
 def test_a_text_file_is_one_text_of_the_domain_of_its_name(tmp_path: Path, name: str) -> None:
     source = file_source(tmp_path / name, "first line\n\nsecond é\n")
-    assert list(read_documents(source)) == [Document("first line\n\nsecond é\n", "book", name)]
+    assert list(read_documents(source)) == [Document("first line\n\nsecond é\n", name.rpartition(".")[0], name)]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".ndjson", ".jsonl", ".json.gz", ".ndjson.gz", ".jsonl.gz", ".parquet"])
+def test_of_a_files_name_only_the_suffix_is_no_part_of_the_domain(tmp_path: Path, suffix: str) -> None:
+    write = write_gzip if suffix.endswith(".gz") else write_parquet if suffix == ".parquet" else write_jsonl
+    path = Path(str(write(tmp_path).path)).rename(tmp_path / f"wiki.en.0-of-8{suffix}")
+    assert {document.domain for document in read_documents(TextSource(path=str(path)))} == {"wiki.en.0-of-8"}
 
 
 def test_a_folder_gives_its_text_files_by_name_with_the_sub_folder_as_domain(tmp_path: Path) -> None:
@@ -173,6 +180,13 @@ def test_a_file_of_a_folder_whose_name_is_no_text_is_refused(tmp_path: Path) -> 
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.txt")).write_text("words")
     with pytest.raises(InputError, match=r"holds a file whose name is not UTF-8, 'a\\udcff.txt'; rename it"):
         source_files(TextSource(path=str(tmp_path)))
+
+
+def test_a_source_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.jsonl"))
+    path.write_text('{"text": "words"}')
+    with pytest.raises(InputError, match=r"text source 'a\\udcff.jsonl' is not UTF-8; rename it"):
+        source_files(TextSource(path=str(path)))
 
 
 def test_rows_of_a_folder_are_its_files(tmp_path: Path) -> None:
@@ -205,6 +219,18 @@ def test_an_unknown_kind_of_file_is_told_the_known_ones(tmp_path: Path) -> None:
 def test_a_broken_json_line_is_named_by_its_number(tmp_path: Path) -> None:
     said = complaint(file_source(tmp_path / "rows.jsonl", '{"text": "a"}\n\n{"text": "b"}\n{"text": \n{"text": "c"}\n'))
     assert f"{tmp_path / 'rows.jsonl'}, line 4: not valid JSON" in said
+
+
+def test_json_that_is_not_one_object_a_line_is_told_to_be(tmp_path: Path) -> None:
+    said = complaint(file_source(tmp_path / "rows.json", '[\n  {"text": "a"}\n]\n'))
+    assert f"{tmp_path / 'rows.json'}, line 1: not valid JSON" in said
+    assert "each line must be a JSON object of its own (JSON lines)" in said
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000 + "]" * 100_000], ids=["digits", "brackets"])
+def test_a_field_that_no_json_reader_takes_is_named_by_its_line(tmp_path: Path, value: str) -> None:
+    said = complaint(file_source(tmp_path / "rows.jsonl", f'{{"text": "a"}}\n{{"text": "b", "more": {value}}}\n'))
+    assert f"{tmp_path / 'rows.jsonl'}, line 2: a number is too long or brackets lie too deep" in said
 
 
 @pytest.mark.parametrize("row", ["[1]", '"text"', "3", "null"])
@@ -281,10 +307,12 @@ def test_a_file_of_a_folder_that_is_not_utf_8_is_refused_by_name(tmp_path: Path)
     assert f"{tmp_path / 'corpus' / 'b.txt'} is not UTF-8 text" in complaint(TextSource(path=str(tmp_path / "corpus")))
 
 
-def test_a_text_with_half_a_character_is_refused_by_row(tmp_path: Path) -> None:
-    said = complaint(file_source(tmp_path / "rows.jsonl", '{"text": "fine"}\n{"text": "half \\ud83d of it"}\n'))
-    assert "rows.jsonl" in said
-    assert "row 1" in said
+@pytest.mark.parametrize("field", ["text", "domain"])
+def test_a_text_or_a_domain_with_half_a_character_is_refused_by_row(tmp_path: Path, field: str) -> None:
+    rows = [{"text": "fine", "domain": "fine"}, {"text": "fine", "domain": "fine"} | {field: "half \ud83d of it"}]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    said = complaint(file_source(tmp_path / "rows.jsonl", content, domain="domain"))
+    assert f"rows.jsonl, row 1: field `{field}` holds half a character" in said
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.99])
@@ -450,16 +478,43 @@ def documents_of_all_sizes(draw: st.DrawFn) -> list[Document]:
 packing_property = settings(deadline=None, max_examples=60)
 
 
-@given(documents_of_all_sizes(), _lengths, _seeds, st.sampled_from(["join", "separate"]), st.booleans())
+@given(documents_of_all_sizes(), _lengths, _seeds, st.booleans())
 @packing_property
 def test_lengths_are_exact_and_take_turns_within_a_domain(
-    documents: list[Document], lengths: list[int], seed: int, packing: str, first: bool
+    documents: list[Document], lengths: list[int], seed: int, first: bool
 ) -> None:
     found = defaultdict(list)
-    for sample in packed(documents, lengths, packing=packing, seed=seed, first=first):
+    for sample in packed(documents, lengths, seed=seed, first=first):
         found[sample.domain].append(sample.tokens.size)
     for sizes in found.values():
         assert sizes == list(islice(cycle(lengths), len(sizes)))
+
+
+@given(documents_of_all_sizes(), _lengths, _seeds, st.booleans())
+@packing_property
+def test_a_separate_sample_has_the_length_that_its_domain_has_fewest_of_among_those_that_its_text_fills(
+    documents: list[Document], lengths: list[int], seed: int, first: bool
+) -> None:
+    left = {document.origin: len(token_ids(document.text)) for document in documents}
+    given_samples = {document.domain: [0] * len(lengths) for document in documents}
+    for sample in packed_without_repeats(documents, lengths, packing="separate", seed=seed, first=first):
+        (origin,), had = sample.origins, given_samples[sample.domain]
+        filled = [place for place, length in enumerate(lengths) if length - first <= left[origin]]
+        place = min(filled, key=lambda place: (had[place], place))
+        assert sample.tokens.size == lengths[place]
+        had[place] += 1
+        left[origin] -= lengths[place] - first
+    assert all(rest < min(lengths) - first for rest in left.values())
+
+
+@pytest.mark.parametrize("more", [1, -1], ids=["longer last", "longer first"])
+def test_a_length_that_no_text_fills_costs_no_separate_sample(more: int) -> None:
+    documents = corpus(20)
+    lengths = [16, 1 + max(len(token_ids(document.text)) for document in documents)][::more]
+    counts = Counts()
+    samples = packed(documents, lengths, packing="separate", counts=counts)
+    assert {sample.digest for sample in samples} == {s.digest for s in packed(documents, [16], packing="separate")}
+    assert counts.too_short == 0
 
 
 @given(documents_of_all_sizes(), _lengths, _seeds)
@@ -539,14 +594,14 @@ def test_a_separate_text_gives_as_many_samples_as_fit_into_it(
         assert given_samples[document.origin] == len(token_ids(document.text)) // (length - first)
 
 
-@given(documents_of_all_sizes(), st.integers(3, 50), _seeds, st.booleans())
+@given(documents_of_all_sizes(), _lengths, _seeds, st.booleans())
 @packing_property
 def test_a_text_too_short_for_a_separate_sample_is_counted_once(
-    documents: list[Document], length: int, seed: int, first: bool
+    documents: list[Document], lengths: list[int], seed: int, first: bool
 ) -> None:
     counts = Counts()
-    packed(documents, [length], packing="separate", seed=seed, first=first, counts=counts)
-    assert counts.too_short == sum(len(token_ids(document.text)) < length - first for document in documents)
+    packed(documents, lengths, packing="separate", seed=seed, first=first, counts=counts)
+    assert counts.too_short == sum(len(token_ids(document.text)) < min(lengths) - first for document in documents)
 
 
 @given(documents_of_all_sizes(), _lengths, _seeds, st.sampled_from(["join", "separate"]))
@@ -691,14 +746,14 @@ _domain_rows = st.lists(st.sampled_from("abcd"), max_size=30)
 
 @given(_domain_rows, st.integers(1, 40))
 def test_as_many_as_asked_are_chosen_while_there_are_any(domains: list[str], limit: int) -> None:
-    chosen = [sample.origins for sample in spread_over_domains(numbered(domains), limit)]
+    chosen = [sample.origins for sample in spread_over_domains(numbered(domains), limit, set(domains))]
     assert len(chosen) == len(set(chosen)) == min(limit, len(domains))
 
 
 @given(_domain_rows, st.integers(1, 40))
 def test_domains_differ_by_at_most_one_while_their_texts_last(domains: list[str], limit: int) -> None:
     there = Counter(domains)
-    chosen = Counter(sample.domain for sample in spread_over_domains(numbered(domains), limit))
+    chosen = Counter(sample.domain for sample in spread_over_domains(numbered(domains), limit, set(domains)))
     most = max(chosen.values(), default=0)
     for domain, available in there.items():
         assert chosen[domain] == available or chosen[domain] >= most - 1
@@ -707,10 +762,24 @@ def test_domains_differ_by_at_most_one_while_their_texts_last(domains: list[str]
 @given(_domain_rows, st.integers(1, 40))
 def test_of_each_domain_the_first_samples_are_chosen_in_their_order(domains: list[str], limit: int) -> None:
     samples = numbered(domains)
-    chosen = spread_over_domains(iter(samples), limit)
+    chosen = spread_over_domains(iter(samples), limit, set(domains))
     for domain in set(domains):
         mine = [sample.origins for sample in chosen if sample.domain == domain]
         assert mine == [sample.origins for sample in samples if sample.domain == domain][: len(mine)]
+
+
+@given(_domain_rows, st.integers(1, 40))
+def test_samples_are_taken_until_each_domain_has_its_share_and_the_choice_is_that_of_all_samples(
+    domains: list[str], limit: int
+) -> None:
+    samples = iter(numbered(domains))
+    chosen = spread_over_domains(samples, limit, set(domains))
+    taken = len(domains) - len(list(samples))
+    share = -(-limit // max(1, len(set(domains))))
+    whole = [n for n in range(len(domains)) if min(Counter(domains[: n + 1])[each] for each in set(domains)) >= share]
+    assert taken == (whole[0] + 1 if whole else len(domains))
+    every = spread_over_domains(numbered(domains), limit, {*domains, "without texts"})
+    assert [sample.origins for sample in chosen] == [sample.origins for sample in every]
 
 
 _window_texts = st.builds(tiny.text, st.integers(0, 50), st.sampled_from(sorted(tiny.DOMAINS)), st.integers(1, 200))
@@ -742,6 +811,11 @@ def test_a_limit_takes_the_first_windows(text: str, window: int, limit: int) -> 
     every = windows(text, tokenizer(), window, None, "book")
     limited = windows(text, tokenizer(), window, limit, "book")
     assert [sample.digest for sample in limited] == [sample.digest for sample in every][:limit]
+
+
+def test_a_window_without_room_beside_the_first_tokens_is_refused() -> None:
+    with pytest.raises(InputError, match="A sample of 1 tokens has no room beside 1 special first tokens"):
+        windows(tiny.text(0, "code"), tokenizer(True), 1, None, "book")
 
 
 def test_a_window_names_its_text_and_where_it_begins() -> None:

@@ -15,7 +15,6 @@ FIELDS = {
     "losses": ("losses",),
 }
 NESTED = [name for name in SELECTORS if selector(name).nested]
-CHECKED = [name for name in SELECTORS if name not in {"random"}]
 
 
 def pool(samples: int = 24, seed: int = 0) -> Evidence:
@@ -223,7 +222,7 @@ def test_of_a_sample_and_its_copy_the_first_is_chosen_first(name: str) -> None:
     assert all(order.index(sample) < order.index(sample + 10) for sample in range(10))
 
 
-@pytest.mark.parametrize("name", CHECKED)
+@pytest.mark.parametrize("name", SELECTORS)
 @pytest.mark.parametrize("extent", [-1, 25])
 def test_an_extent_outside_the_pool_is_refused(name: str, extent: int) -> None:
     with pytest.raises(ValueError, match="must lie between 0 and the number of samples, 24"):

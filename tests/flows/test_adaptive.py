@@ -352,6 +352,14 @@ def test_other_selectors_measure_no_losses(plain: Path, store: ArtifactStore, se
     assert "losses" not in plan_here(plain, store, f"selection.selector={selector}")
 
 
+@pytest.mark.parametrize(("until", "measured"), [("selection", False), ("evaluation", False), ("report", True)])
+def test_a_selector_that_only_a_report_shows_has_its_losses_measured_for_a_report(
+    plain: Path, store: ArtifactStore, until: str, measured: bool
+) -> None:
+    _, events = gone_through(plain, store, "report.selectors=[max_perplexity]", planned=True, until=until)
+    assert ("losses" in {row["stage"] for row in stage_rows(events)}) == measured
+
+
 def test_a_plan_counts_the_shards_whose_losses_are_to_do(plain: Path, store: ArtifactStore) -> None:
     rows = plan_here(plain, store, BY_LOSS)
     assert rows["losses"]["counts"] == {"build": 2}

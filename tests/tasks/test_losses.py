@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from covercal.errors import ActivationError
 from covercal.recipe import Model, TextSource
 from storage.artifacts import ArtifactStore
 from storage.manifest import Decision, Outcome, Ref
@@ -100,6 +101,17 @@ def test_a_model_of_16_bits_is_run_in_16_bits(world: World, expected: npt.NDArra
 
 def test_the_manifest_counts_the_samples(world: World) -> None:
     assert [world.run(shard).info for shard in world.shards()] == [{"samples": 6}, {"samples": 6}, {"samples": 4}]
+
+
+def test_a_loss_that_is_not_finite_is_named_by_its_sample_and_nothing_is_kept(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = np.array([2.0, 3.0, np.nan, np.inf, 2.0, 1.0])
+    monkeypatch.setattr("covercal.evaluation.mean_losses", lambda *arguments, **how: found)
+    fresh = World(world.files, ArtifactStore(tmp_path), world.model)
+    with pytest.raises(ActivationError, match="The loss of sample 8 is NaN or infinite"):
+        fresh.run(fresh.shards()[1])
+    assert list(fresh.store.manifests("losses")) == []
 
 
 def test_progress_counts_the_samples(world: World, tmp_path: Path) -> None:

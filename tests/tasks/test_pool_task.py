@@ -336,6 +336,19 @@ def test_sequences_for_divergence_are_spread_evenly_over_the_domains(store: Arti
     assert made.info["domains"] == counts
 
 
+def test_no_more_of_a_text_for_divergence_is_tokenised_than_its_limit_needs(
+    store: ArtifactStore, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: set[str] = set()
+    encoder = tiny.tiny_tokenizer()
+    encode = encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda text, **how: asked.add(text) or encode(text, **how))
+    monkeypatch.setattr("tasks.pool.load_tokenizer", lambda *arguments: encoder)
+    made = texts(store, files, DivergenceSettings(32, 3))
+    assert made.info["documents"] == len((files / "heldout.jsonl").read_text().splitlines()) == 30
+    assert len(asked) < 15
+
+
 def test_a_larger_limit_keeps_the_sequences_for_divergence(store: ArtifactStore, files: Path) -> None:
     few, more = (set(digests(store, texts(store, files, DivergenceSettings(32, limit)).ref)) for limit in (6, 12))
     assert few < more

@@ -280,7 +280,7 @@ def test_the_peaks_are_read_site_by_site(store: ArtifactStore, monkeypatch: pyte
     monkeypatch.setattr(Columns, "read", lambda self, *ends: asked.append(ends) or read(self, *ends))
     outliers(store, statistics(store, activations()), RULE_KS[rule][0], rule=rule)
     assert set(asked) == {(0, 24), (24, 64), (64, 75)}
-    assert len(asked) <= 2 * len(WIDTHS)  # a rule on peaks reads them before its threshold, and after
+    assert len(asked) == len(WIDTHS)
 
 
 @pytest.mark.parametrize("k", KS)
@@ -704,6 +704,19 @@ def test_a_linear_that_was_not_calibrated_makes_no_site_poor(store: ArtifactStor
             row["output_error"] = None
     assert poor_sites(store, found_sites, rows) == (0,)
     assert poor_sites(store, found_sites, [row | {"output_error": None} for row in rows]) == ()
+
+
+def test_an_expert_is_of_its_own_site_though_another_blocks_name_ends_its_own(
+    store: ArtifactStore, found_sites: Ref
+) -> None:
+    name = "mlp.experts.0.mlp.down_proj"
+    sites = read_table(store.path(found_sites) / THRESHOLDS).to_pylist()
+    sites.append({"site": 36, "block": 9, "linears": name})
+    columns = {column: pa.array([row[column] for row in sites]) for column in ("site", "block", "linears")}
+    request = Request("outliers", 1, {"experts": 1})
+    ref = store.build_once(request, lambda folder: write_table(folder / THRESHOLDS, columns)).ref
+    rows = [*report({}), {"name": f"model.layers.9.{name}", "output_error": 0.5}]
+    assert poor_sites(store, ref, rows) == (36,)
 
 
 def test_poor_sites_can_be_lowered(store: ArtifactStore, found_sites: Ref) -> None:
