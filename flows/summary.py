@@ -82,6 +82,7 @@ def quantization_summary(recipe: Recipe, chain: Chain, store: ArtifactStore) -> 
         "why_dense": manifest.info["why_dense"],
         "left_out": manifest.info["left_out"],
         "loader": manifest.info["loader"],
+        "own_code": manifest.info["own_code"],
         "notes": manifest.info["notes"],
         "grown_damping": manifest.info["grown_damping"],
         "parameters": manifest.info["parameters"],
@@ -306,7 +307,8 @@ def _with_interval(value: float, error: float | None) -> str:
 def checkpoint_lines(summary: dict[str, Any]) -> list[str]:
     """Return where the checkpoint is, how it is loaded, and what of it is not as one would think."""
     quantization = summary["quantization"]
-    said = [f"loads with {quantization['loader']}.from_pretrained(that folder)"]
+    trusting = ", trust_remote_code=True" if quantization["own_code"] else ""
+    said = [f"loads with {quantization['loader']}.from_pretrained(that folder{trusting})"]
     if quantization["why_dense"]:
         said.append(f"dense, of the original's size: {quantization['why_dense']}")
     if quantization["left_out"]:

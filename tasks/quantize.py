@@ -195,6 +195,7 @@ def quantize_model(
         "format": writer.format,
         "why_dense": writer.why_dense,
         "left_out": not_quantized,
+        "own_code": decoder.model.is_remote_code(),
         "loader": loader_of(json.loads((build.folder / "config.json").read_bytes())),
         **({CONTINUED: _where(resumed, len(decoder.blocks))} if resumed else {}),
     }

@@ -115,6 +115,7 @@ def test_a_first_run_builds_every_stage_and_its_checkpoint_loads(
 def test_what_a_checkpoint_is_not_is_told_below_its_place() -> None:
     told = {
         "loader": "AutoModelForImageTextToText",
+        "own_code": False,
         "why_dense": "salient weights have a grid of their own",
         "left_out": "of a model that sees [..] only words",
     }
@@ -125,7 +126,10 @@ def test_what_a_checkpoint_is_not_is_told_below_its_place() -> None:
         "dense, of the original's size: salient weights have a grid of their own",
         "of a model that sees [..] only words",
     ]
-    assert len(checkpoint_lines({"checkpoint": "x", "quantization": told | {"why_dense": "", "left_out": ""}})) == 2
+    told |= {"why_dense": "", "left_out": "", "own_code": True}
+    assert checkpoint_lines({"checkpoint": "x", "quantization": told})[1:] == [
+        f"{'':13}loads with AutoModelForImageTextToText.from_pretrained(that folder, trust_remote_code=True)"
+    ]
 
 
 def test_an_unchanged_recipe_hits_everywhere(write_recipe: WriteRecipe, store: ArtifactStore) -> None:
