@@ -217,13 +217,19 @@ def block_sums(
 
 
 def add_input(sums: SiteSums, read: Read, batch: Batch, original: Tensor | None = None) -> None:
-    """Add what a site reads of one batch; an expert reads only some tokens, which belong to several sequences."""
+    """Add what a site reads of one batch; an expert reads only some tokens, which belong to several sequences.
+
+    They are added together where nothing tells sequences apart.
+    """
     sequences, length = batch.shape
     if read.tokens is None:
         x = read.x.reshape(sequences, length, -1)
         sums.add(x, weight=batch.weight, samples=batch.samples, original=original)
         return
     owner = read.tokens // length
+    if not sums.by_sequence:
+        sums.add(read.x[None], weight=batch.weight, sequences=int((owner.bincount(minlength=1) > 0).sum()))
+        return
     for sequence, sample in enumerate(batch.samples):
         mine = owner == sequence
         if mine.any():

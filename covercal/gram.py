@@ -197,8 +197,19 @@ class SiteSums:
         self._open: tuple[int, Tensor, float] | None = None  # a sample, its own Gram matrix and weight so far
         self.sequences = self.tokens = 0
 
+    @property
+    def by_sequence(self) -> bool:
+        """Return whether sequences are told apart."""
+        return self._total is not None and (self._wanted.validation or self._wanted.spread)
+
     def add(
-        self, x: Tensor, *, weight: float = 1.0, original: Tensor | None = None, samples: Sequence[int] | None = None
+        self,
+        x: Tensor,
+        *,
+        weight: float = 1.0,
+        original: Tensor | None = None,
+        samples: Sequence[int] | None = None,
+        sequences: int | None = None,
     ) -> None:
         """Add the inputs of some sequences: products in float32, sums in float64.
 
@@ -214,6 +225,9 @@ class SiteSums:
         samples
             Number of the sample that each sequence is, or is a prefix of; it decides which ones validate. None: they
             are the first samples.
+        sequences
+            How many they are, where they lie in `x` as one, which only sums that are not `by_sequence` take. None: as
+            many as `x` has.
         """
         by_sequence = x.float()
         flat = by_sequence.reshape(-1, x.shape[-1])
@@ -223,7 +237,7 @@ class SiteSums:
         if original is not None and self._wanted.drift:
             self._add_drift(original.float().reshape(flat.shape) - flat, flat, weight)
         self._weight += weight * flat.shape[0]
-        self.sequences += x.shape[0]
+        self.sequences += x.shape[0] if sequences is None else sequences
         self.tokens += flat.shape[0]
 
     def statistics(self) -> SiteStatistics:
@@ -300,7 +314,7 @@ class SiteSums:
         total = self._total
         if total is None:
             return
-        if not self._wanted.validation and not self._wanted.spread:
+        if not self.by_sequence:
             add_square(total, flat, weight)
             return
         for sample, x in zip(samples, by_sequence, strict=True):

@@ -45,7 +45,7 @@ FLOAT_BYTES = 4
 ARRAY_FILES = ("zarr.json", "c/0/0")
 
 
-@cached("gram", version=4, ignored=("imported", "pool", "device"), names={"dtype": "model.dtype"})
+@cached("gram", version=5, ignored=("imported", "pool", "device"), names={"dtype": "model.dtype"})
 def sum_gram(
     build: Build,
     *,
