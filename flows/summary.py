@@ -278,7 +278,7 @@ def result_table(summary: dict[str, Any]) -> Table:
 
 
 def _measured(scores: dict[str, Any], name: str) -> str:
-    return _with_interval(scores[name], scores.get(f"{name}_error"))
+    return _with_interval(scores[name], scores.get(f"{name}_error"), scores["sequences"])
 
 
 def _score(task: dict[str, Any], model: str) -> str:
@@ -297,11 +297,11 @@ def first_set_words(task: dict[str, Any]) -> str:
     return f" (of {sets} random sets the first)" if sets > 1 and "random" in task["scores"] else ""
 
 
-def _with_interval(value: float, error: float | None) -> str:
+def _with_interval(value: float, error: float | None, sequences: int | None = None) -> str:
     """Return a number with half the width of the 95% interval that its standard error makes."""
     from tasks.report.numerals import half_width
 
-    return f"{value:.4f}" + (f" ± {half_width(error):.4f}" if error else "")
+    return f"{value:.4f}" + (f" ± {half_width(error, sequences):.4f}" if error else "")
 
 
 def checkpoint_lines(summary: dict[str, Any]) -> list[str]:

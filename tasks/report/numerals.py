@@ -4,6 +4,8 @@ import math
 import re
 from typing import Any, TypeGuard
 
+from covercal.comparison import student_quantile
+
 MISSING = "–"
 NORMAL_95 = 1.959964  # 97.5% quantile of the normal distribution
 
@@ -94,9 +96,15 @@ def duration(seconds: Any) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
-def half_width(error: Any) -> float:
-    """Return half the width of the 95% interval of a standard error; NaN when it is not known."""
-    return NORMAL_95 * float(error) if known(error) else math.nan
+def half_width(error: Any, sequences: Any = None) -> float:
+    """Return half the width of the 95% interval of a standard error; NaN when it is not known.
+
+    Student's t where the error is over so many sequences, which may be few; else the normal distribution.
+    """
+    if not known(error):
+        return math.nan
+    quantile = student_quantile(0.975, sequences - 1) if known(sequences) and sequences > 1 else NORMAL_95
+    return quantile * float(error)
 
 
 def one_line(text: Any, length: int = 0) -> str:

@@ -142,7 +142,7 @@ def _text_name(text: Mapping[str, Any]) -> str:
 
 
 def _plain(scores: Mapping[str, Any], measure: str) -> Value:
-    value, half = scores.get(measure), half_width(scores.get(f"{measure}_error"))
+    value, half = scores.get(measure), half_width(scores.get(f"{measure}_error"), scores.get("sequences"))
     if not known(value) or not known(half):
         return Value(number(value))
     digits = decimals(float(value or 0.0)) or 4
@@ -150,7 +150,7 @@ def _plain(scores: Mapping[str, Any], measure: str) -> Value:
 
 
 def _share(scores: Mapping[str, Any], measure: str) -> Value:
-    value, half = scores.get(measure), half_width(scores.get(f"{measure}_error"))
+    value, half = scores.get(measure), half_width(scores.get(f"{measure}_error"), scores.get("sequences"))
     if not known(value) or not known(half):
         return Value(percent(value))
     return Value(percent(value), percent_span(max(0.0, value - half), min(1.0, value + half)))
@@ -158,7 +158,8 @@ def _share(scores: Mapping[str, Any], measure: str) -> Value:
 
 def _perplexity(scores: Mapping[str, Any], measure: str) -> Value:
     """Return perplexity with the interval of the loss carried through the exponential."""
-    value, loss, half = scores.get(measure), scores.get("loss"), half_width(scores.get("loss_error"))
+    value, loss = scores.get(measure), scores.get("loss")
+    half = half_width(scores.get("loss_error"), scores.get("sequences"))
     if not (known(value) and known(loss) and known(half)):
         return Value(number(value))
     factor = math.exp(min(half, 50.0))

@@ -45,7 +45,7 @@ def _score_rows(text: dict[str, Any]) -> list[DotRow]:
 
 def _score(scores: dict[str, Any], measure: str) -> Dot:
     value = float(scores[measure]) if known(scores.get(measure)) else math.nan
-    half = half_width(scores.get(f"{measure}_error"))
+    half = half_width(scores.get(f"{measure}_error"), scores.get("sequences"))
     return Dot(value, value - half, value + half)
 
 

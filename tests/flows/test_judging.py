@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import norm, t
 
 from covercal.pool import Sample, spread_over_domains
 from covercal.recipe import load_recipe
@@ -119,7 +119,7 @@ def test_the_table_shows_half_the_width_of_the_95_percent_interval_and_says_so(
     table = result_table(summary)
     task, scores = summary["tasks"][0], summary["evaluation"][0]["run"]["all"]
     lines = dict(zip(table.columns[0].cells, table.columns[-1].cells, strict=True))
-    half = norm.ppf(0.975) * scores["divergence_error"]
+    half = t.ppf(0.975, scores["sequences"] - 1) * scores["divergence_error"]
     assert lines["KL, nats per token ± 95%"] == f"{scores['divergence']:.4f} ± {half:.4f}"
     score = task["scores"]["run"]
     half = norm.ppf(0.975) * score["error"]

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
+from scipy.stats import t
 
 from tasks.report import Figure, run_figures, run_page
 from tests.tasks.report.reading import Element, read, table_cells
 from tests.tasks.report.summaries import ENDING, SCRIPT, run_summary
+
+T_23 = float(t.ppf(0.975, 23))  # of 24 sequences
 
 
 def redrawn(**changes: Any) -> Element:
@@ -57,7 +60,7 @@ def test_the_result_has_a_column_for_every_model_and_comparison(page: Element) -
 
 
 def test_divergence_stands_with_its_interval(page: Element) -> None:
-    half = 1.959964 * 0.06 * 0.1732
+    half = T_23 * 0.06 * 0.1732
     cells = result(page)["KL to the original, nats per token"]
     assert cells[0] == "0"
     assert cells[3] == f"0.1732 {0.1732 - half:.4f} to {0.1732 + half:.4f}"
@@ -65,14 +68,14 @@ def test_divergence_stands_with_its_interval(page: Element) -> None:
 
 
 def test_agreement_stands_with_its_interval(page: Element) -> None:
-    value, half = 1 - 0.6 * 0.1732, 1.959964 * 0.0082
+    value, half = 1 - 0.6 * 0.1732, T_23 * 0.0082
     cells = result(page)["Same top token as the original"]
     assert cells[0] == "100%"
     assert cells[3] == f"{value:.1%} {value - half:.1%} to {value + half:.1%}"
 
 
 def test_perplexity_carries_the_interval_of_the_loss(page: Element) -> None:
-    half = 1.959964 * 0.061
+    half = T_23 * 0.061
     cells = result(page)["Perplexity"]
     assert cells[3] == f"{math.exp(2.984):.2f} {math.exp(2.984 - half):.2f} to {math.exp(2.984 + half):.2f}"
 
