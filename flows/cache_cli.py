@@ -1,5 +1,6 @@
 """The command line of the artifact store: `covercal cache …`."""
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from storage.manifest import SHORT_KEY, Manifest, Ref
 from storage.runs import LATEST, RunRecord, find_run, pin_run, pinned_runs, read_runs
 
 SHOWN_LABELS = 3
+NEAR = 0.75  # how alike two names of stages are when one is taken for a slip of the other
 
 cache = typer.Typer(
     no_args_is_help=True,
@@ -39,6 +41,9 @@ def list_artifacts(
         {"stage": m.stage, "key": m.key, "bytes": m.size, "created": m.created, "seconds": m.seconds}
         for m in store.manifests(stage)
     ]
+    near = difflib.get_close_matches(stage or "", {each for each, _ in store.folders()}, n=1, cutoff=NEAR)
+    if near and stage not in near:
+        raise MissingArtifactError(f"No artifact here is of a stage {stage!r}; did you mean {near[0]!r}?")
     if as_json:
         print_json({"store": str(store.root), "artifacts": rows})
         return
@@ -65,9 +70,9 @@ def show_artifact(
     store = the_store(offline=True)
     manifest = store.find(key)
     folder = store.folder(manifest.stage, manifest.key)
-    known = {m.key: m.ref for m in store.manifests()}
-    reads = {m.key: [each["key"] for each in m.inputs] for m in store.manifests()}
-    known |= {each["key"]: Ref(**each) for m in store.manifests() for each in m.inputs if each["key"] not in known}
+    every = list(store.manifests())
+    reads = {m.key: [each["key"] for each in m.inputs] for m in every}
+    known = {each["key"]: Ref(**each) for m in every for each in m.inputs} | {m.key: m.ref for m in every}
     read_by = readers(reads)
     runs = [run.run for run in read_runs(store.root) if any(s.key == manifest.key for s in run.stages)]
     if as_json:
@@ -137,7 +142,8 @@ def verify_artifacts(
 ) -> None:
     """Re-hash every file of every artifact (or of one) and name what is damaged; exits with 1 if anything is.
 
-    What is damaged is marked: the next run that needs it pulls or builds it again.
+    What is damaged is marked: the next run that needs it pulls or builds it again. Files that are none of an artifact's
+    are named, too; they do no harm.
     """
     store = the_store(offline=True)
     wanted = list(store.folders())
@@ -148,12 +154,19 @@ def verify_artifacts(
             raise MissingArtifactError(
                 f"No artifact has a key that begins with {key!r}; `covercal cache ls` lists them."
             )
-    faults = {f"{s}/{k}": found for s, k in wanted if (found := store.verify(s, k))}
+    faults = {
+        f"{s}/{k}": found
+        for s, k in wanted
+        if (found := store.damage(s, k)) and store.folder(s, k).exists()  # else it was deleted meanwhile
+    }
+    strangers = {f"{s}/{k}": found for s, k in wanted if (found := store.strangers(s, k))}
     if as_json:
-        print_json({"checked": len(wanted), "faults": faults})
+        print_json({"checked": len(wanted), "faults": faults, "strangers": strangers})
     else:
         for name, found in faults.items():
             typer.echo(f"{name}: {'; '.join(found)}")
+        for name, found in strangers.items():
+            typer.echo(f"{name}: {'; '.join(found)} (no damage; it may be deleted)")
         after = "; the next run that needs one makes it again" if faults else ""
         typer.echo(f"{len(wanted)} artifacts checked, {len(faults)} damaged{after}.")
     if faults:
@@ -206,7 +219,7 @@ def _run_row(run: RunRecord) -> dict[str, Any]:
         "state": run.state,
         "started": run.started,
         "seconds": run.seconds,
-        "artifacts": len({stage.key for stage in run.stages}),
+        "artifacts": len({stage.key for stage in run.stages if stage.key}),
         "made": ", ".join(label if count == 1 else f"{count} {label}" for label, count in counts.items()) or "nothing",
         "command": run.command,
     }

@@ -10,11 +10,13 @@ from typing import Any
 
 from covercal.errors import EvaluationError
 from covercal.recipe import Recipe, plain
+from flows.console import new_console
 from flows.execution import Recorder
 from flows.report import Concluded, Took, lean, told, write_page, write_sweep
 from flows.requirements import shortcomings
 from flows.sweep import CellResult, sweep_summary, task_failures
 from storage.artifacts import ArtifactStore
+from storage.errors import StorageError
 from storage.manifest import Ref
 from storage.runs import RunRecord, StageRecord, new_run_name, write_run
 
@@ -105,11 +107,18 @@ class Running:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Keep a record also of a run that ends in an error, or by Ctrl-C; the error goes on."""
+        """Keep a record also of a run that ends in an error, or by Ctrl-C; the error goes on.
+
+        A record that cannot be written, often for the same cause, is told on stderr and does not replace the error.
+        """
         try:
             yield
         except BaseException as error:
-            self._write("failed", {}, error)
+            try:
+                self._write("failed", {}, error)
+            except StorageError as fault:
+                console = new_console(as_json=True)
+                console.print(f"This run leaves no record. {fault}", markup=False, highlight=False, soft_wrap=True)
             raise
 
     def finish(self, concluded: Concluded) -> Finished:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.durable import build_lock, flush_and_hash, is_locked, make_writable_folder
+from storage.durable import build_lock, flush_and_hash, is_locked, listed, make_writable_folder
 from storage.errors import MissingArtifactError, StorageError
 from storage.explain import Known, explain_miss
 from storage.in_use import claims_of
@@ -307,8 +307,9 @@ class ArtifactStore:
         if self.remote is None or not self.remote.writable:
             return None
         note = self.root / "unsent" / f"{request.stage}-{request.key}"
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text("replace" if replace_there else "", encoding="ascii")
+        with self._named_fault(request.stage, request.key, note):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text("replace" if replace_there else "", encoding="ascii")
         return note
 
     def _share(self, manifest: Manifest, note: Path, *, replace_there: bool) -> Manifest:
@@ -319,7 +320,8 @@ class ArtifactStore:
         """
         assert self.remote is not None
         folder = self.folder(manifest.stage, manifest.key)
-        winner = self.remote.commit(manifest, folder, replace=replace_there)
+        send = self.remote.repair if replace_there else self.remote.commit
+        winner = send(manifest, folder)
         note.unlink(missing_ok=True)
         if winner.digest == manifest.digest:
             return manifest
@@ -335,7 +337,7 @@ class ArtifactStore:
         if self.remote is None or not self.remote.writable:
             return 0
         sent = 0
-        for note in sorted((self.root / "unsent").glob("*-*")):
+        for note in (Path(each.path) for each in listed(self.root / "unsent") if "-" in each.name):
             stage, _, key = note.name.partition("-")
             manifest = self.claim(stage, key).manifest
             if manifest is not None:
@@ -343,7 +345,7 @@ class ArtifactStore:
                     replace_there = note.read_text(encoding="ascii") == "replace"
                 except FileNotFoundError:
                     continue  # another process has just sent it
-                if self.verify(stage, key):  # marked: who needs it makes it again, and sends that
+                if self.damage(stage, key):  # marked: who needs it makes it again, and sends that
                     note.unlink(missing_ok=True)
                     continue
                 self._share(manifest, note, replace_there=replace_there)
@@ -373,16 +375,23 @@ class ArtifactStore:
         damaged = verify and there is not None and bool(self.remote.verify(ref.stage, ref.key))
         if there is not None and self.remote.holds(there) and not damaged:
             return False
-        self._check_whole(ref)
-        self.remote.commit(manifest, self.folder(ref.stage, ref.key), replace=damaged)
+        self.check_whole(ref, "was not sent")
+        send = self.remote.repair if damaged else self.remote.commit
+        send(manifest, self.folder(ref.stage, ref.key))
         return True
 
-    def _check_whole(self, ref: Ref) -> None:
-        """Raise when an artifact's files are not what its manifest says: damage must not reach others."""
-        faults = self.verify(ref.stage, ref.key)
+    def check_whole(self, ref: Ref, consequence: str) -> None:
+        """Re-hash an artifact whose files are to be passed on.
+
+        Raises
+        ------
+        MissingArtifactError
+            When some are not what its manifest says, which is marked. `consequence` ends "is damaged here and …".
+        """
+        faults = self.damage(ref.stage, ref.key)
         if faults:
             raise MissingArtifactError(
-                f"Artifact {ref.short} is damaged here and was not sent: {'; '.join(faults)}. "
+                f"Artifact {ref.short} is damaged here and {consequence}: {'; '.join(faults)}. "
                 "The next run that needs it makes it again."
             )
 
@@ -434,11 +443,16 @@ class ArtifactStore:
         return matches[0]
 
     def verify(self, stage: str, key: str) -> list[str]:
-        """Return what is wrong with an artifact after re-hashing every file; empty when all is well.
-
-        What is found is marked, so that the next run rebuilds it.
-        """
+        """Return the damage and the strangers of an artifact, every file re-hashed; empty when all is well."""
         return self.local.verify(stage, key)
+
+    def damage(self, stage: str, key: str) -> list[str]:
+        """Return what of an artifact is not as it was made; it is marked, so that the next run rebuilds it."""
+        return self.local.damage(stage, key)
+
+    def strangers(self, stage: str, key: str) -> list[str]:
+        """Return one line per file in an artifact's folder that is none of the artifact's; it does no harm there."""
+        return self.local.strangers(stage, key)
 
 
 def _manifest_of(staged: Path, request: Request, info: dict[str, Any], started: float) -> Manifest:

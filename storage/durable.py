@@ -76,6 +76,28 @@ def file_names(folder: Path) -> list[str]:
     return sorted(names)
 
 
+def listed(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what lies in a folder, in the order of names; nothing when there is no such folder.
+
+    Raises
+    ------
+    StorageError
+        When it cannot be read, or is a link that leads nowhere: what lies there is not known then.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda each: each.name)
+    except OSError as cause:
+        if isinstance(cause, FileNotFoundError) and not folder.is_symlink():
+            return []
+        raise StorageError(f"Cannot list {folder}: {cause.strerror or cause}.") from cause
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Return the folders that lie in a folder, in the order of their names; raises as `listed`."""
+    return [Path(each.path) for each in listed(folder) if each.is_dir()]
+
+
 def flush_folders(folder: Path) -> None:
     """Flush the entries of `folder` and of every folder below it, the deepest first."""
     for root, _, _ in os.walk(folder, topdown=False):
@@ -118,7 +140,9 @@ def _copy_into_place(staged: Path, final: Path) -> None:
     beside = final.parent / f"{PARTIAL}{final.name}-{uuid.uuid4().hex}"
     try:
         shutil.copytree(staged, beside)
-        flush_and_hash(beside)
+        for name in file_names(beside):
+            fsync_path(beside / name)
+        flush_folders(beside)
         beside.rename(final)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

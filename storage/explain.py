@@ -127,8 +127,10 @@ def explain_miss(stage: str, wanted: Known, others: Sequence[tuple[Known, str]],
     def distance(other: Known) -> int:
         return (other.version != wanted.version) + len(_changes(other.material, wanted.material))
 
-    fewest = min(distance(other) for other, _ in others)
-    nearest, _ = max((each for each in others if distance(each[0]) == fewest), key=lambda each: each[1])
+    distances = [distance(other) for other, _ in others]
+    fewest = min(distances)
+    near = (other for other, each in zip(others, distances, strict=True) if each == fewest)
+    nearest, _ = max(near, key=lambda each: each[1])
     lines = differences(stage, nearest, wanted, find)
     more = f", and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     return ", ".join(lines[:SHOWN]) + more

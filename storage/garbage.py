@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 
 from storage.artifacts import ArtifactStore
-from storage.durable import PARTIAL, make_writable_folder, set_aside
+from storage.durable import PARTIAL, make_writable_folder, set_aside, subfolders
+from storage.errors import StorageError
 from storage.in_use import claims_of, last_change
 from storage.lineage import ancestors
 from storage.manifest import MANIFEST, SHORT_KEY, is_key
@@ -133,39 +134,52 @@ def collect(store: ArtifactStore, days: float = DAYS, *, dry_run: bool = False, 
     Raises
     ------
     StorageError
-        When the store cannot be written, or a run record cannot be read; nothing is deleted then.
+        When the store cannot be written, or a run record cannot be read; nothing is deleted then. Or when a folder
+        cannot be deleted, being another user's; the others are.
     """
     make_writable_folder(store.root, "The cache folder")
     since = (time.time() if now is None else now) - days * DAY
     aside: list[Path] = []
+    refused: list[str] = []
     with claims_of(store.root).removing() as used:
         objects = stored_objects(store)
         roots = recent_roots(read_runs(store.root), pinned_runs(store.root), objects.values(), since)
         unneeded = garbage(roots, objects)
         needed = {*used, *ancestors(used, {key: each.reads for key, each in objects.items()})}
         going = tuple(each for each in unneeded if each.key not in needed)
-        leftovers = tuple(_leftovers(store, used, since))
+        leftovers = tuple(_leftovers(store, objects, used, since))
         if not dry_run:
             for folder in (*(store.folder(each.stage, each.key) for each in going), *(each.path for each in leftovers)):
-                with suppress(FileNotFoundError):  # another collection is just deleting it
+                try:
                     aside.append(set_aside(folder, store.root / "staging"))
+                except FileNotFoundError:
+                    continue  # another collection is just deleting it
+                except OSError as cause:
+                    refused.append(f"{folder}: {cause.strerror or cause}")
     for each in aside:
         shutil.rmtree(each, ignore_errors=True)
+    if refused:
+        raise StorageError(
+            f"{len(refused)} of {len(going) + len(leftovers)} folders could not be deleted, the first {refused[0]}. "
+            "The others are gone."
+        )
     return Collected(going, leftovers, len(objects) - len(going), len(unneeded) - len(going))
 
 
-def _leftovers(store: ArtifactStore, used: Collection[str], since: float) -> Iterable[Leftover]:
+def _leftovers(
+    store: ArtifactStore, objects: Mapping[str, StoredObject], used: Collection[str], since: float
+) -> Iterable[Leftover]:
     """Yield what builds left behind: none of these folders is ever read but work folders, by the next try."""
-    for path in sorted((store.root / "staging").glob("*")):
-        if path.is_dir() and _key_of(path.name) not in used:
+    for path in subfolders(store.root / "staging"):
+        if _key_of(path.name) not in used:
             yield Leftover(path, folder_size(path), "staging folder of a build that was cut short")
-    for path in sorted((store.root / "objects").glob(f"*/*/{PARTIAL}*")):
-        if _key_of(path.name.removeprefix(PARTIAL)) not in used:
+    for path in store.local.contents():
+        if path.name.startswith(PARTIAL) and _key_of(path.name.removeprefix(PARTIAL)) not in used:
             yield Leftover(path, folder_size(path), "copy that was never finished")
-    here = {key for stage, key in store.folders() if store.look_up(stage, key).manifest is not None}
-    for path in sorted((store.root / "work").glob("*")):
+    for path in subfolders(store.root / "work"):
         if is_key(path.name) and path.name not in used:
-            if path.name in here:
+            stored = objects.get(path.name)
+            if stored is not None and store.look_up(stored.stage, stored.key).manifest is not None:
                 yield Leftover(path, folder_size(path), "work folder of a finished build")
             elif last_change(path) < since:
                 yield Leftover(path, folder_size(path), "work folder that nothing went on from")

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from storage.durable import SHARED_MODE
+from storage.durable import SHARED_MODE, listed
 from storage.errors import StorageError
 
 READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+NOTES_MODE = 0o644  # who deletes must be able to read them, whatever the umask of who notes
 POLL_SECONDS = 0.001  # the gate is held for microseconds
 _of_process: dict[tuple[int, Path], "Claims"] = {}
 _opening = threading.Lock()
@@ -37,8 +38,8 @@ class Claims:
         self._root = root
         self._folder = root / "locks" / "in-use"
         self._gate = root / "locks" / "in-use.lock"
-        self._name = f"{os.getpid()}-{uuid.uuid4().hex}"
-        self._held: FileLock | None = None
+        self._mine = self._folder / f"{os.getpid()}-{uuid.uuid4().hex}.keys"
+        self._held: tuple[FileLock, int] | None = None  # and the inode of its file
         self._users: dict[str, set[int]] = {}  # threads by key
         self._lock = threading.Lock()
 
@@ -48,6 +49,7 @@ class Claims:
         Who may only read a store cannot keep its owner from deleting.
         """
         with self._lock:
+            self._forget_if_wiped()
             if key in self._users:
                 self._users[key].add(threading.get_ident())
             if key in self._users or not self._root.is_dir():
@@ -56,11 +58,13 @@ class Claims:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 with self._passing():
                     if self._held is None:
-                        held = FileLock(self._folder / f"{self._name}.lock", mode=SHARED_MODE, thread_local=False)
+                        held = _lock_of(self._mine)
                         held.acquire()
-                        self._held = held
-                    with (self._folder / f"{self._name}.keys").open("a", encoding="ascii") as notes:
-                        notes.write(f"{key}\n")
+                        self._held = held, Path(held.lock_file).stat().st_ino
+                        self._mine.touch()
+                        self._mine.chmod(NOTES_MODE)
+                    with self._mine.open("a", encoding="ascii") as notes:
+                        notes.write(f"\n{key}\n")  # a note before this one may be torn
             except OSError as cause:
                 if cause.errno in READ_ONLY:
                     return
@@ -68,6 +72,18 @@ class Claims:
                     f"Cannot note in {self._folder} what is in use: {cause.strerror or cause}."
                 ) from cause
             self._users[key] = {threading.get_ident()}
+
+    def _forget_if_wiped(self) -> None:
+        """Begin anew when somebody deleted the cache folder, and with it what this process noted."""
+        if self._held is not None:
+            held, inode = self._held
+            try:
+                wiped = Path(held.lock_file).stat().st_ino != inode
+            except OSError:
+                wiped = True
+            if wiped:
+                held.release()
+                self._held, self._users = None, {}
 
     def leave(self, key: str) -> None:
         """Note that this thread found nothing to use under a key; what the process noted stays."""
@@ -79,33 +95,43 @@ class Claims:
         """Hold the gate and yield every key that some living process uses; notes of the dead are deleted."""
         self._folder.mkdir(parents=True, exist_ok=True)
         with self._passing():
-            yield frozenset(key for notes in sorted(self._folder.glob("*.keys")) for key in self._living(notes))
+            yield frozenset(key for notes in self._notes() for key in self._living(notes))
 
     @contextmanager
     def removing_as_only_user(self, key: str) -> Iterator[bool]:
         """Hold the gate and yield whether no other living process, and no other thread of this one, uses `key`."""
         with self._lock:
-            mine = self._folder / f"{self._name}.keys"
             alone = self._users.get(key, set()) <= {threading.get_ident()}
             with self._passing():
-                others = (notes for notes in sorted(self._folder.glob("*.keys")) if notes != mine)
-                yield alone and all(key not in self._living(notes) for notes in others)
+                yield alone and all(key not in self._living(notes) for notes in self._notes() if notes != self._mine)
+
+    def _notes(self) -> list[Path]:
+        return [Path(each.path) for each in listed(self._folder) if each.name.endswith(".keys")]
 
     def _living(self, notes: Path) -> set[str]:
-        lock = FileLock(notes.with_suffix(".lock"), mode=SHARED_MODE, thread_local=False)
+        lock = _lock_of(notes)
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return set(notes.read_text(encoding="ascii").split())
-        lock.release()
-        notes.unlink(missing_ok=True)
-        notes.with_suffix(".lock").unlink(missing_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                return set(notes.read_text(encoding="ascii").split())
+            lock.release()
+            notes.unlink(missing_ok=True)
+            notes.with_suffix(".lock").unlink(missing_ok=True)
+        except OSError as cause:
+            raise StorageError(
+                f"Cannot tell from {notes} what another process uses: {cause.strerror or cause}; nothing was deleted."
+            ) from cause
         return set()
 
     @contextmanager
     def _passing(self) -> Iterator[None]:
         with FileLock(self._gate, mode=SHARED_MODE, thread_local=False, poll_interval=POLL_SECONDS):
             yield
+
+
+def _lock_of(notes: Path) -> FileLock:
+    return FileLock(notes.with_suffix(".lock"), mode=SHARED_MODE, thread_local=False)
 
 
 def claims_of(root: Path) -> Claims:

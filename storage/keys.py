@@ -61,13 +61,13 @@ class FileHashes:
     def sha256(self, path: Path) -> str:
         """Return the sha256 of `path`; read the file only when it changed since the last time."""
         path = path.resolve()
-        stamp = _stamp(path)
+        stamp = file_stamp(path)
         note = self.folder / f"{hash_tagged('path', os.fsencode(path))}.json"
         known = _read_note(note)
         if known is not None and known.get("stamp") == stamp:
             return str(known["sha256"])
         digest = file_sha256(path)
-        if _stamp(path) == stamp and time.time() - max(stamp[2], stamp[3]) / 1e9 > RACY_SECONDS:
+        if file_stamp(path) == stamp and _is_settled(stamp):
             _write_note(
                 note, {"path": os.fsencode(path).decode(errors="backslashreplace"), "stamp": stamp, "sha256": digest}
             )
@@ -78,9 +78,16 @@ class FileHashes:
         return content_digest({f.relative_to(root).as_posix(): self.sha256(f) for f in sorted(files)})
 
 
-def _stamp(path: Path) -> list[int]:
+def file_stamp(path: Path) -> list[int]:
+    """Return size, inode, and times of change of a file: another stamp, another content."""
     status = path.stat()
     return [status.st_size, status.st_ino, status.st_ctime_ns, status.st_mtime_ns]
+
+
+def _is_settled(stamp: list[int]) -> bool:
+    """Return whether any later change gives another stamp; the date of a file may lie ahead, for anyone can set it."""
+    since_change, since_date = (time.time() - each / 1e9 for each in stamp[2:])
+    return since_change > RACY_SECONDS and abs(since_date) > RACY_SECONDS
 
 
 def _read_note(note: Path) -> dict[str, Any] | None:

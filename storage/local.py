@@ -1,12 +1,15 @@
 """Artifacts in a local folder: `objects/STAGE/KK/KEY/`, committed by rename."""
 
+import functools
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from storage.durable import file_names, flush_folders, fsync_path, move_into_place, write_durably
+from storage.durable import file_names, flush_folders, fsync_path, move_into_place, subfolders, write_durably
 from storage.errors import StorageError
-from storage.keys import file_sha256
+from storage.keys import file_sha256, file_stamp
 from storage.manifest import (
     DAMAGED,
     MANIFEST,
@@ -16,8 +19,11 @@ from storage.manifest import (
     file_name,
     identity_faults,
     is_place,
+    is_stage,
     understood,
 )
+
+REMEMBERED = 4096  # manifests that a process keeps parsed, so that a plan of many shards parses each once
 
 
 class LocalObjects:
@@ -46,19 +52,17 @@ class LocalObjects:
     def look_up(self, stage: str, key: str) -> Lookup:
         """Return the manifest of a whole artifact: every file there, at its size, and not marked as damaged."""
         folder = self.folder(stage, key)
-        try:
+        with _reading(folder):
             found = self._look(folder, stage, key)
             mark = _mark(folder) if found.manifest is not None else ""
-        except OSError as cause:
-            raise StorageError(f"Cannot read {cause.filename or folder}: {cause.strerror or cause}.") from cause
         return Lookup(None, mark, damaged=True) if mark else found
 
     def _look(self, folder: Path, stage: str, key: str) -> Lookup:
         try:
             text = (folder / MANIFEST).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            if self.objects.exists() and not self.objects.is_dir():
-                raise NotADirectoryError(f"{self.objects} is no folder") from None
+            if os.path.lexists(self.objects) and not self.objects.is_dir():
+                raise NotADirectoryError(f"{self.objects} is no folder; is its disk mounted?") from None
             if not folder.is_dir():
                 return Lookup(None, "not in the store")
             try:
@@ -118,17 +122,16 @@ class LocalObjects:
 
     def manifests(self, stage: str | None = None) -> Iterator[Manifest]:
         """Yield the manifests of all readable artifacts (of one stage), in the order of their keys."""
-        for each, key in self.folders():
-            if stage in (None, each):
-                manifest = self._readable(each, key)
-                if manifest is not None:
-                    yield manifest
+        for each, key in self._folders(stage):
+            manifest = self._readable(each, key)
+            if manifest is not None:
+                yield manifest
 
     def _readable(self, stage: str, key: str) -> Manifest | None:
         """Return a manifest without looking for the files; `verify` and look-ups name those that cannot be read."""
         path = self.folder(stage, key) / MANIFEST
         try:
-            return understood(path.read_bytes(), stage, key).manifest
+            return _manifest_at(path, stage, key, tuple(file_stamp(path)))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as cause:
@@ -136,29 +139,62 @@ class LocalObjects:
 
     def folders(self) -> Iterator[tuple[str, str]]:
         """Yield (stage, key) of every artifact folder, readable or not."""
-        for path in sorted(self.objects.glob("*/*/*")):
+        return self._folders(None)
+
+    def _folders(self, wanted: str | None) -> Iterator[tuple[str, str]]:
+        for path in self.contents(wanted):
             stage, prefix, key = path.parts[-3:]
-            if is_place(stage, prefix, key) and path.is_dir():
+            if is_place(stage, prefix, key):
                 yield stage, key
 
+    def contents(self, wanted: str | None = None) -> Iterator[Path]:
+        """Yield every folder that lies where artifacts (of one stage) do, in the order of their keys."""
+        for stage in subfolders(self.objects):
+            if is_stage(stage.name) and wanted in (None, stage.name):
+                for prefix in subfolders(stage):
+                    yield from subfolders(prefix)
+
     def verify(self, stage: str, key: str) -> list[str]:
-        """Return what is wrong with an artifact after re-hashing every file; empty when all is well.
+        """Return the damage and the strangers of an artifact, every file re-hashed; empty when all is well."""
+        return self.damage(stage, key) + self.strangers(stage, key)
+
+    def damage(self, stage: str, key: str) -> list[str]:
+        """Return what of an artifact is not as it was made, every file re-hashed.
 
         What is found is marked (or the mark of an earlier time is taken away), so that the next run rebuilds it.
         """
         folder = self.folder(stage, key)
-        try:
+        with _reading(folder):
             found = self._look(folder, stage, key)
             manifest = found.manifest or self._readable(stage, key)
-            if manifest is None:
-                return [found.reason]
-            faults = _content_faults(folder, manifest)
-            strangers = _strangers(folder, manifest)
-        except OSError as cause:
-            raise StorageError(f"Cannot read {cause.filename or folder}: {cause.strerror or cause}.") from cause
-        if self._look(folder, stage, key) == found:  # and not replaced meanwhile
+            faults = [found.reason] if manifest is None else _content_faults(folder, manifest)
+            replaced = self._look(folder, stage, key) != found
+        if replaced:
+            return self.damage(stage, key)
+        if manifest is not None:
             _set_mark(folder, faults)
-        return faults + strangers
+        return faults
+
+    def strangers(self, stage: str, key: str) -> list[str]:
+        """Return one line per file in an artifact's folder that is none of the artifact's; it does no harm there."""
+        folder = self.folder(stage, key)
+        manifest = self._readable(stage, key)
+        with _reading(folder):
+            return [] if manifest is None else _strangers(folder, manifest)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as cause:
+        raise StorageError(f"Cannot read {cause.filename or folder}: {cause.strerror or cause}.") from cause
+
+
+@functools.lru_cache(REMEMBERED)
+def _manifest_at(path: Path, stage: str, key: str, stamp: tuple[int, ...]) -> Manifest | None:
+    """Return the manifest in a file as it is at this stamp; None when it cannot be understood."""
+    return understood(path.read_bytes(), stage, key).manifest
 
 
 def _content_faults(folder: Path, manifest: Manifest) -> list[str]:
@@ -179,6 +215,8 @@ def _content_faults(folder: Path, manifest: Manifest) -> list[str]:
 def _strangers(folder: Path, manifest: Manifest) -> list[str]:
     try:
         names = file_names(folder)
+    except FileNotFoundError:
+        return []  # the artifact is just being deleted
     except ValueError as cause:
         return [f"in {manifest.ref.short}, {cause}"]
     strangers = set(names) - set(manifest.files) - {MANIFEST, DAMAGED}

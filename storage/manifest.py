@@ -136,9 +136,14 @@ def is_key(text: str) -> bool:
     return _KEY.fullmatch(text) is not None
 
 
+def is_stage(text: str) -> bool:
+    """Return whether `text` has the form of a stage."""
+    return _STAGE.fullmatch(text) is not None
+
+
 def is_place(stage: str, prefix: str, key: str) -> bool:
     """Return whether `stage/prefix/key` is where an artifact lies."""
-    return bool(_STAGE.fullmatch(stage)) and is_key(key) and key[:2] == prefix
+    return is_stage(stage) and is_key(key) and key[:2] == prefix
 
 
 def check_name(stage: str, key: str) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -42,7 +42,7 @@ CONNECT_SECONDS = 10
 TIMEOUT_SECONDS = 60  # for one request, of at most one part
 PART_BYTES = 8 * 1024 * 1024
 RETRIES = 2
-RETRY_SECONDS = 60
+RETRY_SECONDS = 60  # to wait between the tries of one request, in all
 PARALLEL_FILES = 8
 DIGEST_DIGITS = 32
 SCHEMES = ("s3", "gs", "az", "file")
@@ -132,12 +132,22 @@ class RemoteObjects:
 
         Returns the manifest that holds afterwards. What an earlier sender lost on the way is replaced in any case.
         """
+        return self._commit(manifest, folder, lambda found: not replace and self.holds(found))
+
+    def repair(self, manifest: Manifest, folder: Path) -> Manifest:
+        """Send an artifact in place of a damaged one; who repaired it first wins: every file there is hashed before.
+
+        Returns the manifest that holds afterwards.
+        """
+        return self._commit(manifest, folder, lambda found: not self._faults(found))
+
+    def _commit(self, manifest: Manifest, folder: Path, stays: Callable[[Manifest], bool]) -> Manifest:
+        """Send an artifact unless the one that is there `stays`; returns the manifest that holds afterwards."""
         self._check_writable()
         target = _folder(manifest.stage, manifest.key)
         there = self._version(f"{target}/{MANIFEST}")
         found = self.look_up(manifest.stage, manifest.key)
-        whole = found.manifest is not None and self.holds(found.manifest)
-        if found.manifest is not None and whole and not replace:
+        if found.manifest is not None and stays(found.manifest):
             return found.manifest
         self._send_files(manifest, folder, f"{target}/{manifest.digest[:DIGEST_DIGITS]}")
         if self._put_manifest(f"{target}/{MANIFEST}", manifest, there):
@@ -252,15 +262,17 @@ class RemoteObjects:
     def verify(self, stage: str, key: str) -> list[str]:
         """Return what is wrong with an artifact after re-hashing every file; empty when all is well."""
         found = self.look_up(stage, key)
-        if found.manifest is None:
-            return [found.reason]
-        faults = self._missing(found.manifest)
-        source = f"{_folder(stage, key)}/{found.manifest.digest[:DIGEST_DIGITS]}"
+        return [found.reason] if found.manifest is None else self._faults(found.manifest)
+
+    def _faults(self, manifest: Manifest) -> list[str]:
+        faults = self._missing(manifest)
+        source = f"{_folder(manifest.stage, manifest.key)}/{manifest.digest[:DIGEST_DIGITS]}"
         with Path(os.devnull).open("wb") as nowhere:
-            for name, each in found.manifest.files.items():
+            for name, each in manifest.files.items():
                 digest = self._copy(f"{source}/{name}", nowhere, int(each["size"]))
                 if digest and digest != each["sha256"]:
-                    faults.append(f"file {file_name(stage, key, name)} does not match its sha256 in {self.place}")
+                    full = file_name(manifest.stage, manifest.key, name)
+                    faults.append(f"file {full} does not match its sha256 in {self.place}")
         return faults
 
     def send_record(self, name: str, text: bytes) -> None:
@@ -369,7 +381,10 @@ def open_remote(address: str, *, writable: bool = False, timeout: float = TIMEOU
         objects = from_url(
             address,
             client_options=_client_options(os.environ, timeout),
-            retry_config={"max_retries": RETRIES, "retry_timeout": timedelta(seconds=RETRY_SECONDS)},
+            retry_config={
+                "max_retries": RETRIES,
+                "retry_timeout": timedelta(seconds=(RETRIES + 1) * timeout + RETRY_SECONDS),
+            },
         )
     except (BaseError, ValueError) as cause:
         raise RemoteSettingsError(f"Remote {address} cannot be opened: {_why(cause)}.") from None

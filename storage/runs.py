@@ -9,11 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from storage.durable import make_writable_folder, write_durably
+from storage.durable import listed, make_writable_folder, write_durably
 from storage.errors import MissingArtifactError, StorageError
 from storage.manifest import check_name
 
 LATEST = "latest"
+RECORD = ".json"
 PIN = ".pinned"
 _NAME = re.compile(r"[0-9A-Za-z-]{1,80}")
 
@@ -91,17 +92,26 @@ def _check(record: RunRecord) -> None:
 
 
 def write_run(root: Path, record: RunRecord) -> Path:
-    """Write a run record under `root/runs` and return its path."""
+    """Write a run record under `root/runs` and return its path.
+
+    Raises
+    ------
+    StorageError
+        When the folder cannot be written, or the disk is full.
+    """
     folder = root / "runs"
     make_writable_folder(folder, "The folder of run records")
-    path = folder / f"{record.run}.json"
-    write_durably(path, run_bytes(record))
+    path = folder / f"{record.run}{RECORD}"
+    try:
+        write_durably(path, run_bytes(record))
+    except OSError as cause:
+        raise StorageError(f"Cannot write run record {path}: {cause.strerror or cause}.") from cause
     return path
 
 
 def save_run(root: Path, record: RunRecord) -> Path:
     """Keep the record of a run of another machine; one that is here stays as it is."""
-    path = root / "runs" / f"{record.run}.json"
+    path = root / "runs" / f"{record.run}{RECORD}"
     return path if path.exists() else write_run(root, record)
 
 
@@ -113,7 +123,8 @@ def read_runs(root: Path) -> Iterator[RunRecord]:
     StorageError
         Naming a record that cannot be read: what it protects is not known.
     """
-    for path in sorted((root / "runs").glob("*.json")):
+    for name in _names(root, RECORD):
+        path = root / "runs" / f"{name}{RECORD}"
         try:
             yield parse_run(path.read_bytes())
         except OSError as cause:
@@ -142,14 +153,28 @@ def find_run(root: Path, name: str) -> RunRecord:
 
 
 def pin_run(root: Path, run: str, *, pinned: bool = True) -> None:
-    """Keep the artifacts of a run from garbage collection, or no longer."""
+    """Keep the artifacts of a run from garbage collection, or no longer.
+
+    Raises
+    ------
+    StorageError
+        When the folder of run records cannot be written.
+    """
     mark = root / "runs" / f"{run}{PIN}"
-    if pinned:
-        mark.touch()
-    else:
-        mark.unlink(missing_ok=True)
+    try:
+        if pinned:
+            mark.touch()
+        else:
+            mark.unlink(missing_ok=True)
+    except OSError as cause:
+        raise StorageError(f"Cannot {'write' if pinned else 'delete'} {mark}: {cause.strerror or cause}.") from cause
 
 
 def pinned_runs(root: Path) -> frozenset[str]:
     """Return the names of the pinned runs."""
-    return frozenset(path.name.removesuffix(PIN) for path in (root / "runs").glob(f"*{PIN}"))
+    return frozenset(_names(root, PIN))
+
+
+def _names(root: Path, suffix: str) -> list[str]:
+    """Return the names of the runs that have a file of this suffix."""
+    return [each.name.removesuffix(suffix) for each in listed(root / "runs") if each.name.endswith(suffix)]

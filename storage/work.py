@@ -3,7 +3,7 @@
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,13 @@ class WorkFolder:
     conditions
         What has to be the same for the parts to be gone on from: versions of libraries, the device. Under others the
         same code may round differently, so that parts made under others are thrown away.
+    check
+        Raises when the files that parts are made from are no longer what the key says; the part is not kept then.
     """
 
-    def __init__(self, folder: Path, conditions: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, conditions: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> None:
         self._folder = folder
+        self._check = check
         self._conditions = canonical_json(conditions)
         note = folder / CONDITIONS
         if folder.exists() and (not note.is_file() or note.read_bytes() != self._conditions):
@@ -49,6 +52,7 @@ class WorkFolder:
         staged.mkdir()
         try:
             yield staged
+            self._check()
             hashes = {each: file_sha256(staged / each) for each in file_names(staged)}
             (staged / PART).write_bytes(canonical_json(hashes))
             shutil.rmtree(self._folder / name, ignore_errors=True)

@@ -45,12 +45,15 @@ class Build:
         Row of the display.
     work
         Where parts are kept that a build which was cut short can go on from; not there until something is.
+    check
+        Raises when files that inputs were fingerprinted from have changed since.
     """
 
     folder: Path
     store: ArtifactStore
     label: str
     work: Path
+    check: Callable[[], None] = lambda: None
 
     def progress(self, total: int, unit: str) -> Callable[[int], None]:
         """Return a function that is called with the count of newly finished units."""
@@ -130,10 +133,13 @@ class Step:
         request = self.request(inputs)
         work = store.work_folder(request.key)
 
+        def check() -> None:
+            check_unchanged(inputs, store)
+
         def build(folder: Path) -> Mapping[str, Any] | None:
             with _one_build:
-                info = self.build(Build(folder, store, label, work), **inputs)
-            check_unchanged(inputs, store)
+                info = self.build(Build(folder, store, label, work, check), **inputs)
+            check()
             return info
 
         return store.build_once(request, build)

@@ -80,7 +80,8 @@ def sum_gram(
     fresh = [tokens[shard.start : shard.stop] for shard in shards[done:]]
     halves = sum(site.channels * (site.channels + 1) // 2 for site in decoder.sites)
     build.store.require_space(FLOAT_BYTES * halves, "The pool's Gram matrices")
-    work = WorkFolder(build.work, {"libraries": library_versions(), "device": str(decoder.device), "after": done})
+    conditions = {"libraries": library_versions(), "device": str(decoder.device), "after": done}
+    work = WorkFolder(build.work, conditions, build.check)
     first, resumed = _finished_blocks(work, decoder, len(fresh))
     advance = build.progress(len(decoder.blocks), "blocks")
     advance(first)

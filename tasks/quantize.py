@@ -253,6 +253,7 @@ def _assemble(build: Build, writer: "CheckpointWriter", blocks: Sequence[Ref]) -
     reports = []
     for index, ref in enumerate(blocks):
         folder = build.store.path(ref)
+        build.store.check_whole(ref, "was not put into the checkpoint")  # the two share their files from now on
         reports += _reports(folder)
         share_file(folder / writer.shard_name(index), build.folder / writer.shard_name(index))
     return reports
@@ -269,7 +270,7 @@ def _quantize_blocks(
 
     decoder = writer.decoder
     count = len(decoder.blocks)
-    work = WorkFolder(build.work, {"libraries": library_versions(), "device": str(decoder.device)})
+    work = WorkFolder(build.work, {"libraries": library_versions(), "device": str(decoder.device)}, build.check)
     first, resumed = _finished_blocks(work, writer)
     advance = build.progress(count, "blocks")
     advance(first)

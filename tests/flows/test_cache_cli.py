@@ -22,7 +22,7 @@ from storage.artifacts import ArtifactStore
 from storage.durable import file_names
 from storage.manifest import MANIFEST, Ref
 from storage.remote import MARKER, open_remote
-from storage.runs import RunRecord, read_runs, write_run
+from storage.runs import RunRecord, StageRecord, read_runs, write_run
 from tasks.cached import open_store
 from tests.storage.faults import snapshot
 from tests.storage.s3 import closed_port
@@ -111,9 +111,10 @@ def flip_a_bit(store: ArtifactStore, ref: Ref) -> str:
     return name
 
 
-def add_run(store: ArtifactStore, name: str, *, state: str = "completed") -> None:
-    """Write the record of a run that used nothing."""
-    write_run(store.root, RunRecord(name, "covercal run x", "2026-01-01T00:00:00+00:00", 61.0, state, {}, []))
+def add_run(store: ArtifactStore, name: str, *stages: StageRecord, state: str = "completed") -> None:
+    """Write the record of a run that used nothing, or got to some stages."""
+    record = RunRecord(name, "covercal run x", "2026-01-01T00:00:00+00:00", 61.0, state, {}, list(stages))
+    write_run(store.root, record)
 
 
 # --- ls --------------------------------------------------------------------------------------------------------------
@@ -143,6 +144,12 @@ def test_ls_of_one_stage_lists_that_alone(command: Command, json_of: Json, stage
     assert [row["stage"] for row in json_of("cache", "ls", stage)["artifacts"]] == [stage] * count
     code, out, _ = command("cache", "ls", stage)
     assert (code, out.splitlines()[-1].startswith(f"{count} artifacts,")) == (0, True)
+
+
+def test_ls_of_a_stage_that_is_misspelt_names_the_nearest(command: Command) -> None:
+    code, out, err = command("cache", "ls", "statistcs")
+    assert (code, out) == (1, "")
+    assert "No artifact here is of a stage 'statistcs'; did you mean 'statistics'?" in err
 
 
 # --- show ------------------------------------------------------------------------------------------------------------
@@ -262,7 +269,7 @@ def test_show_of_several_names_them_and_asks_for_more_digits(command: Command, c
 def test_verify_of_a_whole_store_counts_what_it_checked(command: Command, json_of: Json, ran: RealRun) -> None:
     count = len(ran.refs)
     assert command("cache", "verify") == (0, f"{count} artifacts checked, 0 damaged.\n", "")
-    assert json_of("cache", "verify") == {"checked": count, "faults": {}}
+    assert json_of("cache", "verify") == {"checked": count, "faults": {}, "strangers": {}}
 
 
 def test_verify_names_what_is_damaged_and_exits_with_1(
@@ -279,11 +286,45 @@ def test_verify_names_what_is_damaged_and_exits_with_1(
     assert json_of("cache", "verify", code=1)["faults"] == {f"selection/{ref.key}": [fault]}
 
 
+def test_verify_names_a_stranger_as_what_may_be_deleted(
+    command: Command, json_of: Json, ran: RealRun, cache: ArtifactStore
+) -> None:
+    ref = ran.chain.selection
+    (cache.folder(ref.stage, ref.key) / ".DS_Store").touch()
+    said = f"file {ref.short}/.DS_Store is not in the manifest"
+    code, out, _ = command("cache", "verify")
+    assert (code, out.splitlines()) == (
+        0,
+        [
+            f"selection/{ref.key}: {said} (no damage; it may be deleted)",
+            f"{len(ran.refs)} artifacts checked, 0 damaged.",
+        ],
+    )
+    assert json_of("cache", "verify")["strangers"] == {f"selection/{ref.key}": [said]}
+
+
+def test_verify_does_not_miss_what_is_deleted_meanwhile(
+    command: Command, ran: RealRun, cache: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage = ArtifactStore.damage
+
+    def of_what_just_went(store: ArtifactStore, stage: str, key: str) -> list[str]:
+        delete(store, Ref(stage, key))
+        return damage(store, stage, key)
+
+    monkeypatch.setattr(ArtifactStore, "damage", of_what_just_went)
+    assert command("cache", "verify") == (0, f"{len(ran.refs)} artifacts checked, 0 damaged.\n", "")
+
+
 def test_verify_of_one_key_checks_that_alone(
     command: Command, json_of: Json, ran: RealRun, cache: ArtifactStore
 ) -> None:
     flip_a_bit(cache, ran.chain.selection)
-    assert json_of("cache", "verify", f"pool/{ran.chain.pool.key[:10]}") == {"checked": 1, "faults": {}}
+    assert json_of("cache", "verify", f"pool/{ran.chain.pool.key[:10]}") == {
+        "checked": 1,
+        "faults": {},
+        "strangers": {},
+    }
     assert json_of("cache", "verify", ran.chain.selection.key, code=1)["checked"] == 1
     assert command("cache", "verify", "statistics/")[1] == f"{SHARDS} artifacts checked, 0 damaged.\n"
 
@@ -316,7 +357,8 @@ def test_runs_lists_when_how_and_what(command: Command, ran: RealRun, cache: Art
 
 
 def test_runs_json_has_a_row_for_every_run(json_of: Json, ran: RealRun, cache: ArtifactStore) -> None:
-    add_run(cache, "20270101-failed", state="failed")
+    waiting = StageRecord("pool", "pool", "", "failed", "", 0.0)
+    add_run(cache, "20270101-failed", waiting, state="failed")
     first, second = json_of("cache", "runs")["runs"]
     assert (first["run"], first["state"], first["started"], first["seconds"], first["pinned"]) == (
         *(RUN, "completed", "2026-01-01T00:00:00+00:00", 1.5),

@@ -31,11 +31,12 @@ from flows.display import row_details
 from flows.execution import Direct, Recorder
 from flows.inputs import identify
 from flows.plan import plan
-from flows.record import Finished
+from flows.record import Finished, Running
 from flows.report import build_times, conclude
 from flows.run import execute
 from flows.summary import checkpoint_lines, stage_rows
 from storage.artifacts import ArtifactStore
+from storage.errors import StorageError
 from storage.runs import read_runs
 from tests import tiny
 
@@ -428,6 +429,16 @@ def test_a_nan_activation_ends_the_run_with_site_and_sample_and_a_record(
     assert record.state == "failed"
     assert "block 2" in record.error
     assert not list(store.manifests("statistics"))
+
+
+def test_a_record_that_cannot_be_written_does_not_hide_why_a_run_failed(
+    write_recipe: WriteRecipe, store: ArtifactStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (store.prepare().root / "runs").touch()
+    running = Running(load_recipe(write_recipe()), store, "covercal run recipe.yaml")
+    with pytest.raises(StorageError, match=r"^the disk is full$"), running.kept():
+        raise StorageError("the disk is full")
+    assert f"This run leaves no record. The folder of run records {store.root / 'runs'}" in capsys.readouterr().err
 
 
 def test_a_group_size_that_does_not_divide_is_refused_before_any_heavy_work(

@@ -762,6 +762,15 @@ def test_verify_names_an_altered_digest(store: ArtifactStore, built: Outcome) ->
     assert store.verify(REQUEST.stage, REQUEST.key) == [f"{file(MANIFEST)} lists files that do not give its digest"]
 
 
+def test_only_damage_keeps_files_from_being_passed_on(store: ArtifactStore, built: Outcome) -> None:
+    (folder_of(store) / "stray").touch()
+    store.check_whole(built.ref, "was not used")
+    flip_a_bit(store)
+    with pytest.raises(MissingArtifactError, match=f"Artifact {built.ref.short} is damaged here and was not used: .*"):
+        store.check_whole(built.ref, "was not used")
+    assert reason_for_rebuild(store).startswith(f"{file('values.bin')} does not match its sha256")
+
+
 def test_verify_notices_a_file_and_its_hash_replaced_together(store: ArtifactStore, built: Outcome) -> None:
     (folder_of(store) / "values.bin").write_bytes(b"forged....")
     files = store.manifest(built.ref).files

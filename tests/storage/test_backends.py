@@ -16,6 +16,7 @@ import obstore
 import pytest
 from obstore.store import MemoryStore
 
+import storage.local
 from storage.artifacts import ArtifactStore
 from storage.backend import Backend
 from storage.durable import build_lock, file_names
@@ -195,6 +196,50 @@ class TestLocal(LocalPlace, StoreTests):
         assert f"{file_name(STAGE, manifest.key, 'stranger')} is not in the manifest" in fault
         assert backend.look_up(STAGE, manifest.key).manifest == manifest
 
+    def test_strangers_are_no_damage(self, backend: LocalObjects) -> None:
+        manifest = self.put(backend)
+        self.write_behind(self.name_behind(manifest, "stranger"), b"x")
+        assert backend.damage(STAGE, manifest.key) == []
+        self.alter(manifest, "values.bin", "one bit")
+        (fault,) = backend.damage(STAGE, manifest.key)
+        assert "sha256" in fault
+        assert backend.verify(STAGE, manifest.key) == [fault, *backend.strangers(STAGE, manifest.key)]
+
+    @pytest.mark.parametrize("left", ["made again", "nothing"])
+    def test_what_is_replaced_while_it_is_verified_is_looked_at_again(
+        self, backend: LocalObjects, second: LocalObjects, monkeypatch: pytest.MonkeyPatch, left: str
+    ) -> None:
+        manifest = self.put(backend)
+        again, folder = self.made(OTHERS)
+        self.alter(manifest, "values.bin", "deleted")
+        real = storage.local._content_faults
+
+        def while_another_works(place: Path, found: Manifest) -> list[str]:
+            monkeypatch.setattr(storage.local, "_content_faults", real)
+            faults = real(place, found)
+            shutil.rmtree(place)
+            if left == "made again":
+                second.commit(again, folder)
+            return faults
+
+        monkeypatch.setattr(storage.local, "_content_faults", while_another_works)
+        assert backend.verify(STAGE, manifest.key) == ([] if left == "made again" else ["not in the store"])
+        assert second.look_up(STAGE, manifest.key).manifest == (again if left == "made again" else None)
+
+    def test_a_manifest_is_parsed_once_until_it_is_replaced(
+        self, backend: LocalObjects, second: LocalObjects, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        keys = [self.put(backend, sample=sample).key for sample in range(2)]
+        parsed: list[str] = []
+        real = storage.local.understood
+        monkeypatch.setattr(storage.local, "understood", lambda *asked: parsed.append(asked[2]) or real(*asked))
+        for each in (backend, second):
+            assert sorted(found.key for found in each.manifests()) == sorted(keys)
+        assert sorted(parsed) == sorted(keys)
+        other = self.put(backend, OTHERS, replace=True)
+        assert other in list(second.manifests())
+        assert sorted(parsed) == sorted([*keys, other.key])
+
     def test_a_folder_without_a_manifest_is_listed_as_a_folder(self, backend: LocalObjects) -> None:
         manifest = self.put(backend)
         self.delete_behind(self.manifest_behind(manifest))
@@ -249,6 +294,25 @@ class TestLocal(LocalPlace, StoreTests):
         self.write_behind("objects", b"no folder")
         with pytest.raises(StorageError):
             backend.look_up(STAGE, "0" * 64)
+
+    def test_objects_that_are_a_link_which_leads_nowhere_are_no_miss(self, backend: LocalObjects) -> None:
+        self.root.mkdir()
+        backend.objects.symlink_to(self.root / "unmounted")
+        with pytest.raises(StorageError, match=f"{backend.objects} is no folder; is its disk mounted"):
+            backend.look_up(STAGE, "0" * 64)
+        with pytest.raises(StorageError, match=f"Cannot list {backend.objects}"):
+            list(backend.folders())
+
+    def test_objects_that_may_not_be_listed_are_not_nothing(self, backend: LocalObjects, public_folder: Path) -> None:
+        shared = LocalObjects(public_folder)
+        manifest, folder = self.made()
+        shared.commit(manifest, folder)
+        (shared.objects / "lost+found").mkdir(mode=0)
+        with as_ordinary_user():
+            assert list(shared.folders()) == [(STAGE, manifest.key)]
+        (shared.objects / STAGE).chmod(0o333)
+        with as_ordinary_user(), pytest.raises(StorageError, match=f"Cannot list {shared.objects / STAGE}"):
+            list(shared.folders())
 
     def test_a_commit_that_cannot_write_says_so(self, backend: LocalObjects) -> None:
         self.write_behind("objects", b"no folder")
@@ -648,6 +712,23 @@ class SharingTests(RemotePlace):
         assert (outcome.decision, outcome.ref) == (Decision.REBUILT, self.manifest_there().ref)
         self.assert_whole(OTHERS)
 
+    def test_of_two_that_repair_one_artifact_both_end_with_what_the_first_sent(self) -> None:
+        self.store("first").build_once(REQUEST, builds(FILES))
+        self.flip("values.bin")
+        repaired: list[Outcome] = []
+
+        def build_while_another_repairs(folder: Path) -> None:
+            repaired.append(self.store("third").build_once(REQUEST, builds(FILES)))
+            builds(OTHERS)(folder)
+
+        second = self.store("second")
+        outcome = second.build_once(REQUEST, build_while_another_repairs)
+        assert (outcome.decision, repaired[0].decision) == (Decision.REBUILT, Decision.REBUILT)
+        assert outcome.ref == repaired[0].ref == self.manifest_there().ref
+        assert "another machine had sent its own" in outcome.reason
+        assert self.files_of(second, outcome) == FILES
+        self.assert_whole(FILES)
+
     @pytest.mark.parametrize("text", [b"", b"{", b"null"])
     def test_a_manifest_that_cannot_be_read_there_is_named_and_healed(self, text: bytes) -> None:
         self.store("first").build_once(REQUEST, builds(FILES))
@@ -779,6 +860,16 @@ class SharingTests(RemotePlace):
         assert store.build_once(REQUEST, builds(FILES)).decision is Decision.REBUILT
         self.assert_whole(FILES)
 
+    def test_what_could_not_be_sent_is_sent_though_a_stranger_lies_beside_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = self.store("first")
+        with cut_short(1, monkeypatch), pytest.raises(RemoteError):
+            store.build_once(REQUEST, builds(FILES))
+        (store.folder(STAGE, REQUEST.key) / ".DS_Store").touch()
+        assert (store.send_unsent(), store.send_unsent()) == (1, 0)
+        self.assert_whole(FILES)
+
     def test_what_another_process_sends_at_the_same_moment_is_no_fault(self, monkeypatch: pytest.MonkeyPatch) -> None:
         store = self.store("first")
         with cut_short(1, monkeypatch), pytest.raises(RemoteError):
@@ -851,8 +942,15 @@ class SharingTests(RemotePlace):
         alone = ArtifactStore(self.tmp_path / "first")
         built = alone.build_once(REQUEST, builds(FILES))
         store = self.store("first")
+        (store.folder(STAGE, REQUEST.key) / ".DS_Store").touch()  # no damage
         assert (store.push(built.ref), store.push(built.ref)) == (True, False)
         self.assert_whole(FILES)
+
+    def test_a_store_that_cannot_note_what_is_to_be_sent_builds_nothing_and_says_so(self) -> None:
+        store = self.store("first").prepare()
+        (store.root / "unsent").touch()
+        with pytest.raises(StorageError, match=f"Cannot write artifact {STAGE}/{REQUEST.key[:12]} .*File exists"):
+            store.build_once(REQUEST, must_not_build)
 
     def test_pull_says_whether_it_was_copied(self) -> None:
         self.store("first").build_once(REQUEST, builds(FILES))

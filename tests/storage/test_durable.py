@@ -17,10 +17,12 @@ from storage.durable import (
     flush_and_hash,
     flush_folders,
     fsync_path,
+    listed,
     make_writable_folder,
     move_into_place,
     set_aside,
     share_file,
+    subfolders,
     write_durably,
 )
 from storage.errors import StorageError, UnwritableStoreError
@@ -286,6 +288,33 @@ def test_a_folder_on_another_file_system_is_whole_and_flushed_when_it_gets_its_n
     move_into_place(staged, final, tmp_path / "trash")
     assert found == [(sorted(TREE), set())]
     assert flushed[-1] == other_disk.stat().st_ino
+
+
+def test_what_lies_in_a_folder_is_listed_in_the_order_of_names(tmp_path: Path) -> None:
+    make_folder(tmp_path, "b/x", "a", ".c/z")
+    assert [each.name for each in listed(tmp_path)] == [".c", "a", "b"]
+    assert subfolders(tmp_path) == [tmp_path / ".c", tmp_path / "b"]
+
+
+def test_a_folder_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
+    assert (listed(tmp_path / "gone"), subfolders(tmp_path / "gone" / "too")) == ([], [])
+
+
+@pytest.mark.parametrize("kind", ["not to be read", "a link that leads nowhere", "a file"])
+def test_what_cannot_be_listed_is_named_and_not_taken_for_nothing(public_folder: Path, kind: str) -> None:
+    folder = public_folder / "folder"
+    if kind == "not to be read":
+        folder.mkdir(mode=0o333)
+    elif kind == "a file":
+        folder.touch()
+    else:
+        folder.symlink_to(public_folder / "unmounted")
+    try:
+        with as_ordinary_user(), pytest.raises(StorageError, match=f"Cannot list {folder}"):
+            listed(folder)
+    finally:
+        if not folder.is_dir():
+            folder.unlink()
 
 
 def test_a_copy_to_another_file_system_that_fails_leaves_nothing_there(tmp_path: Path, other_disk: Path) -> None:

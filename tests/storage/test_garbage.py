@@ -428,6 +428,20 @@ def test_the_work_of_a_build_goes_at_once_when_its_artifact_is_there(store: Arti
     assert here(store) == keys(finished)
 
 
+def test_only_artifacts_that_a_build_left_work_of_are_looked_at_file_by_file(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        put(store, number, age=0)
+    worked = put(store, 3, age=0)
+    write_file(store.work_folder(worked.key) / "part", age=0)
+    looked_at: list[str] = []
+    look_up = store.look_up
+    monkeypatch.setattr(store, "look_up", lambda stage, key: looked_at.append(key) or look_up(stage, key))
+    collect(store, 30, now=NOW)
+    assert (looked_at, leftovers(store)) == ([worked.key], [])
+
+
 def test_what_is_no_leftover_stays(store: ArtifactStore) -> None:
     strangers = [
         write_file(store.root / "staging" / "note.txt"),
@@ -663,6 +677,31 @@ def test_a_run_record_that_may_not_be_read_stops_the_collection_and_is_named(pub
     with as_ordinary_user(), pytest.raises(StorageError, match=str(path)):
         collect(store, 0, now=NOW)
     assert here(store) == before
+
+
+def test_a_folder_of_records_that_may_not_be_listed_stops_the_collection(public_folder: Path) -> None:
+    store = ArtifactStore(public_folder / "cache")
+    run = record(store, put(store, 1), age=OLD)
+    pin_run(store.root, run.run)
+    for each in (store.root, *store.root.rglob("*")):
+        each.chmod(0o777)
+    (store.root / "runs").chmod(0o333)
+    before = here(store)
+    with as_ordinary_user(), pytest.raises(StorageError, match=f"Cannot list {store.root / 'runs'}"):
+        collect(store, 0, now=NOW)
+    assert here(store) == before
+
+
+def test_what_another_user_keeps_is_named_and_the_rest_goes(public_folder: Path) -> None:
+    store = ArtifactStore(public_folder / "cache")
+    theirs, *_ = sorted((put(store, number) for number in range(3)), key=lambda ref: ref.key)
+    for each in (store.root, *store.root.rglob("*")):
+        each.chmod(0o777)
+    folder = store.folder(theirs.stage, theirs.key)
+    folder.chmod(0o755)
+    with as_ordinary_user(), pytest.raises(StorageError, match=f"1 of 3 folders .* first {folder}: Permission denied"):
+        collect(store, 0, now=NOW)
+    assert (here(store), leftovers(store)) == (keys(theirs), [])
 
 
 @pytest.mark.parametrize("inputs", [[{"stage": "pool"}], [5], None, [{"stage": "pool", "key": ["x"], "digest": ""}]])

@@ -1,6 +1,7 @@
 """What living processes use is known to every other process, and to no one once they are dead."""
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -186,7 +187,7 @@ def test_a_key_is_noted_once_however_often_it_is_claimed(root: Path) -> None:
     for _ in range(3):
         claims.claim(KEY)
     (text,) = (path.read_text() for path in (root / "locks" / "in-use").glob("*.keys"))
-    assert text == f"{KEY}\n"
+    assert text.split() == [KEY]
 
 
 def test_one_process_has_one_set_of_claims_for_each_store(root: Path, tmp_path: Path) -> None:
@@ -218,6 +219,65 @@ def test_a_claim_that_could_not_be_noted_is_noted_the_next_time(root: Path) -> N
     (root / "locks").unlink()
     claims.claim(KEY)
     assert used(root) == {KEY}
+
+
+def test_a_note_that_a_full_disk_tore_hides_no_later_one(root: Path) -> None:
+    claims = Claims(root)
+    claims.claim(KEY)
+    (mine,) = (root / "locks" / "in-use").glob("*.keys")
+    with mine.open("a") as torn:
+        torn.write(OTHER[:20])
+    claims.claim(OTHER)
+    assert used(root) >= {KEY, OTHER}
+
+
+@pytest.mark.parametrize("made_again", [True, False], ids=["made again by others", "not there"])
+def test_claims_begin_anew_when_the_cache_folder_was_wiped(root: Path, made_again: bool) -> None:
+    claims = Claims(root)
+    claims.claim(KEY)
+    shutil.rmtree(root)
+    claims.claim(KEY)
+    assert not root.exists()
+    root.mkdir()
+    if made_again:
+        Claims(root).claim(OTHER)
+    claims.claim(KEY)
+    assert used(root) >= {KEY}
+
+
+@pytest.fixture
+def shared(public_folder: Path) -> Path:
+    """A cache folder that every user can write to."""
+    (public_folder / "locks" / "in-use").mkdir(parents=True)
+    for each in (public_folder, *public_folder.rglob("*")):
+        each.chmod(0o777)
+    return public_folder
+
+
+def test_what_is_noted_can_be_read_by_other_users_whatever_the_umask(shared: Path) -> None:
+    claims, before = Claims(shared), os.umask(0o077)
+    try:
+        claims.claim(KEY)
+    finally:
+        os.umask(before)
+    with as_ordinary_user():
+        assert used(shared) == {KEY}
+
+
+def test_notes_that_may_not_be_read_are_named_and_not_left_out(shared: Path) -> None:
+    claims = Claims(shared)
+    claims.claim(KEY)
+    (mine,) = (shared / "locks" / "in-use").glob("*.keys")
+    mine.chmod(0)
+    with as_ordinary_user(), pytest.raises(StorageError, match=f"Cannot tell from {mine} what another process uses"):
+        used(shared)
+
+
+def test_a_folder_of_notes_that_may_not_be_listed_is_named(shared: Path) -> None:
+    Claims(shared).claim(KEY)
+    (shared / "locks" / "in-use").chmod(0o333)
+    with as_ordinary_user(), pytest.raises(StorageError, match=r"Cannot list .*in-use: Permission denied"):
+        used(shared)
 
 
 def test_many_processes_that_claim_at_once_lose_no_key(root: Path) -> None:

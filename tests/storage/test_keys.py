@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,28 @@ def test_a_file_changed_a_moment_ago_is_not_remembered(hashes: FileHashes, tmp_p
     path.write_bytes(b"fresh")
     hashes.sha256(path)
     assert not hashes.folder.exists()
+
+
+def test_a_file_whose_date_lies_ahead_is_read_once(
+    hashes: FileHashes, files_read: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "RACY_SECONDS", 0.0)  # of the change itself, which a test makes a moment ago
+    path = tmp_path / "data"
+    path.write_bytes(b"one")
+    ahead = time.time() + 3600
+    os.utime(path, (ahead, ahead))
+    time.sleep(0.01)
+    assert {hashes.sha256(path) for _ in range(3)} == {hashlib.sha256(b"one").hexdigest()}
+    assert files_read == [path]
+
+
+def test_a_file_changed_a_moment_ago_is_not_remembered_whatever_its_date(hashes: FileHashes, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(b"fresh")
+    for date in (LONG_AGO, (time.time() + 3600,) * 2):
+        os.utime(path, date)
+        hashes.sha256(path)
+        assert not hashes.folder.exists()
 
 
 def test_a_torn_note_is_only_a_hash_to_compute_again(hashes: FileHashes) -> None:

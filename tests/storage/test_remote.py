@@ -174,6 +174,15 @@ def test_a_server_that_recovers_is_asked_again(monkeypatch: pytest.MonkeyPatch) 
     assert (found.manifest, found.damaged) == (None, False)
 
 
+def test_a_server_that_never_answers_is_asked_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.remote, "RETRIES", 2)
+    monkeypatch.setattr(storage.remote, "RETRY_SECONDS", 1)
+    asked: list[str] = []
+    with served(lambda method, path: asked.append(path), monkeypatch), pytest.raises(RemoteError):
+        open_remote(ADDRESS, timeout=1).check()
+    assert len(asked) == 3
+
+
 # a file whose bytes do not come through is a fault of the line, not of the file
 
 

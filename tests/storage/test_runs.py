@@ -1,5 +1,6 @@
 """A run record comes back as it was written, the oldest first."""
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -23,6 +24,7 @@ from storage.runs import (
     save_run,
     write_run,
 )
+from tests.storage.faults import as_ordinary_user, forbid_writing
 
 NAMES = ["20250101T000000-aaaaaa", "20250101T000000-bbbbbb", "20250202T000000-cccccc"]
 
@@ -213,6 +215,31 @@ def test_pinning_twice_is_pinning_once(three_runs: Path, pinned: bool) -> None:
     for _ in range(2):
         pin_run(three_runs, NAMES[0], pinned=pinned)
     assert pinned_runs(three_runs) == ({NAMES[0]} if pinned else set())
+
+
+@pytest.mark.parametrize("read", [lambda root: list(read_runs(root)), pinned_runs], ids=["runs", "pins"])
+def test_a_folder_of_runs_that_may_not_be_listed_is_named_and_not_empty(public_folder: Path, read: Any) -> None:
+    write_run(public_folder, record(NAMES[0]))
+    pin_run(public_folder, NAMES[0])
+    (public_folder / "runs").chmod(0o333)
+    with as_ordinary_user(), pytest.raises(StorageError, match=f"Cannot list {public_folder / 'runs'}: Permission"):
+        read(public_folder)
+
+
+def test_a_run_that_cannot_be_pinned_is_named(public_folder: Path) -> None:
+    write_run(public_folder, record(NAMES[0]))
+    forbid_writing(public_folder)
+    with as_ordinary_user(), pytest.raises(StorageError, match=f"Cannot write .*{NAMES[0]}.pinned: Permission denied"):
+        pin_run(public_folder, NAMES[0])
+
+
+def test_a_record_that_a_full_disk_does_not_take_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("storage.runs.write_durably", full)
+    with pytest.raises(StorageError, match=rf"Cannot write run record .*{NAMES[0]}\.json: No space left on device"):
+        write_run(tmp_path, record(NAMES[0]))
 
 
 def test_a_pin_is_no_run(three_runs: Path) -> None:

@@ -80,6 +80,17 @@ def test_a_part_is_not_there_before_its_end(work: WorkFolder) -> None:
         assert work.whole("block-0", []) is None
 
 
+def test_a_part_is_not_kept_when_what_it_was_made_from_has_changed(folder: Path) -> None:
+    def changed() -> None:
+        raise ZeroDivisionError
+
+    finish(WorkFolder(folder, HERE), "block-0")
+    with pytest.raises(ZeroDivisionError):
+        finish(WorkFolder(folder, HERE, changed), "block-1")
+    work = WorkFolder(folder, HERE)
+    assert (work.whole("block-0", list(FILES)), work.whole("block-1", [])) == (folder / "block-0", None)
+
+
 def test_a_part_that_is_made_again_is_replaced_whole(work: WorkFolder) -> None:
     finish(work)
     with work.part("block-0") as part:

@@ -22,6 +22,7 @@ from storage.artifacts import ArtifactStore
 from storage.errors import RemoteError, RemoteSettingsError, StorageError
 from storage.keys import canonical_json
 from storage.manifest import Decision, Ref
+from storage.work import WorkFolder
 from tasks.cached import Build, ByDigest, Step, cached, key_material, may_pass, open_store, references
 from tasks.identities import ModelIdentity
 from tasks.progress import Progress, listening
@@ -295,6 +296,24 @@ def test_what_changed_while_it_was_read_is_not_kept(store: ArtifactStore, wrap: 
     unchanged = Changing(1)
     assert step.run(store, "pool", {"imported": REF, "text": wrap(unchanged)}).decision is Decision.BUILT
     assert unchanged.asked == [True]
+
+
+def test_a_part_of_a_build_is_kept_only_while_what_it_read_is_what_the_key_says(store: ArtifactStore) -> None:
+    gone_on_from: list[bool] = []
+
+    def build(build: Build, *, text: Any) -> None:
+        work = WorkFolder(build.work, {}, build.check)
+        for name in ("first", "second"):
+            gone_on_from.append(work.whole(name, ["values"]) is not None)
+            if not gone_on_from[-1]:
+                with work.part(name) as folder:
+                    (folder / "values").write_text("read")
+
+    step = Step("pool", 1, build, frozenset(), {})
+    with pytest.raises(InputError, match="changed"):
+        step.run(store, "pool", {"text": Changing(1)})
+    step.run(store, "pool", {"text": Changing(9)})
+    assert gone_on_from == [False, False, True, False]
 
 
 def keyed_inputs(step: Step) -> set[str]:

@@ -1,5 +1,6 @@
 """The pool's Gram matrices as artifacts: what they hold, how they grow and go on, and what runs of a recipe reuse."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import tasks.gram
 from covercal.activations import scale_from_peaks
 from covercal.calibration import IN_MEMORY
 from covercal.decoder import Decoder, Site, load_decoder, token_tensor
+from covercal.errors import InputError
 from covercal.pool_gram import PoolSite, sum_pool, symmetric
 from covercal.quantization_settings import Quantization
 from covercal.quantizers.grid import GridSettings, min_max_grid
@@ -28,11 +30,14 @@ from flows.chain import Chain, run_chain
 from flows.execution import Direct, Event, Planned, Recorder
 from flows.inputs import identify
 from storage.artifacts import CONTINUED, ArtifactStore
+from storage.errors import MissingArtifactError
 from storage.manifest import MANIFEST, Decision, Outcome, Ref
+from tasks.cached import Build, Step
 from tasks.capture import Shard, capture_shard, pool_shards
 from tasks.gram import CachedGram, CachedPool, held_out_shards, sum_gram
 from tasks.identities import ModelIdentity, TokenizerIdentity, identify_model, identify_text
 from tasks.pool import make_pool, sample_tokens
+from tasks.quantize import NO_POOL, quantize_model
 from tests import tiny
 from tests.covercal.rounding import RoundingSettings, gptq
 
@@ -333,6 +338,24 @@ def test_a_damaged_part_is_done_again(world: World, fresh: World, monkeypatch: p
     assert files_of(fresh, whole.ref) == files_of(world, world.gram(world.shards()).ref)
 
 
+@pytest.mark.parametrize("step", [sum_gram, quantize_model], ids=lambda step: step.stage)
+def test_a_block_is_not_kept_when_the_model_has_changed(world: World, tmp_path: Path, step: Step) -> None:
+    checks = iter([True, False])
+
+    def check() -> None:
+        if not next(checks):
+            raise InputError("The model was changed.")
+
+    given: dict[str, Any] = {"shards": world.shards(), "weight": "token", "spread": False}
+    if step is quantize_model:
+        settings = Quantization(method="rtn", bits=4, group_size=16, storage_dtype="float32")
+        given = {"calibration": None, "cached_pool": NO_POOL, "blocks": (), "quantization": settings}
+    build = Build(tmp_path / "artifact", world.store, step.stage, tmp_path / "work", check)
+    with pytest.raises(InputError, match="was changed"):
+        step.build(build, **world.place, **given)
+    assert [path.name for path in (tmp_path / "work").glob("block-*")] == ["block-00000"]
+
+
 # --- what quantisation reads ---------------------------------------------------------------------------------------
 
 
@@ -541,6 +564,29 @@ def test_the_manifest_of_a_checkpoint_of_blocks_lists_them(after_cached: Any) ->
     store, chain, events = after_cached
     listed = [each["key"] for each in store.manifest(chain.checkpoint).inputs if each["stage"] == "block"]
     assert listed == [event.key for event in events if event.label == "blocks"]
+
+
+def test_a_block_that_was_damaged_with_its_checkpoint_is_made_again_and_not_linked_again(
+    files: Path, after_cached: Any, tmp_path: Path
+) -> None:
+    first, chain, events = after_cached
+    store = ArtifactStore(shutil.copytree(first.root, tmp_path / "copy", ignore=shutil.ignore_patterns("locks")))
+    block = Ref("block", next(event.key for event in events if event.label == "blocks"))
+    shared = store.folder("block", block.key) / "model-00001-of-00004.safetensors"
+    twin = store.folder("checkpoint", chain.checkpoint.key) / shared.name
+    twin.unlink()
+    twin.hardlink_to(shared)
+    data = shared.read_bytes()
+    with twin.open("r+b") as stream:
+        stream.write(data[:-1] + bytes([data[-1] ^ 1]))
+    assert store.verify("checkpoint", chain.checkpoint.key) != []
+    with pytest.raises(
+        MissingArtifactError, match=f"{block.short} is damaged here and was not put into the checkpoint"
+    ):
+        run(files, store)
+    again, after = run(files, store)
+    assert (decisions(after)["blocks"].count("rebuilt"), decisions(after)["checkpoint"]) == (1, ["rebuilt"])
+    assert again.checkpoint == chain.checkpoint
 
 
 def test_the_manifest_of_a_checkpoint_lists_the_statistics_and_gram_matrices_it_read(
