@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from covercal.decoder import Decoder
     from covercal.quantization_settings import Dtype
 
-_loaded: dict[tuple[str, str, str, str, bool], "Decoder"] = {}
+_loaded: dict[tuple[Any, ...], "Decoder"] = {}
 _judged: dict[tuple[str, str, str], "Decoder"] = {}
 _loading = threading.Lock()
 
@@ -115,7 +115,8 @@ def _shared_decoder(
     quiet_transformers()
     where = pick_device(device)
     folder = model_folder(store, model, imported)
-    key = (model.weights, str(folder), dtype, str(where), streamed)  # blocks are read from the folder later
+    # blocks are read from the folder later, and what was read while its files were changed is not the model's
+    key = (model.weights, str(folder), _stamps(folder), dtype, str(where), streamed)
     with _loading:
         if key not in _loaded:
             for other in [each for each in _loaded if each[-1] == streamed or not each[-1]]:
@@ -123,6 +124,12 @@ def _shared_decoder(
             trusted = trusts(model, imported)
             _loaded[key] = load_decoder(folder, dtype, where, trust_remote_code=trusted, streamed=streamed)
         return _loaded[key]
+
+
+def _stamps(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """Return name, number, size and time of change of every file of a folder."""
+    found = ((each.name, each.stat()) for each in sorted(folder.iterdir()) if each.is_file())
+    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found)
 
 
 def checkpoint_decoder(

@@ -393,6 +393,20 @@ def test_code_of_a_folder_that_the_recipe_does_not_trust_is_not_run(
     assert not ran.exists()
 
 
+def test_what_was_read_while_a_models_files_were_others_is_not_taken_for_it(tmp_path: Path, imported: Imported) -> None:
+    folder = tiny.save_model(tmp_path / "model")
+    model = dataclasses.replace(imported.model, folder=str(folder), gguf="", weights="own", trust_remote_code=False)
+
+    def head() -> torch.Tensor:
+        return original_decoder(imported.store, model, None, "float32", "cpu").model.lm_head.weight.clone()
+
+    whole, weights = head(), (folder / "model.safetensors").read_bytes()
+    tiny.tiny_model(seed=1).save_pretrained(folder)
+    assert not torch.equal(head(), whole)
+    (folder / "model.safetensors").write_bytes(weights)
+    assert torch.equal(head(), whole)
+
+
 def test_the_model_of_an_imported_artifact_runs_no_code(ran: Path, imported: Imported) -> None:
     model = dataclasses.replace(imported.model, weights="imported")
     decoder = original_decoder(imported.store, model, imported.ref, "float32", "cpu")

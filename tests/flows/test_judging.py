@@ -261,7 +261,7 @@ def test_linears_are_measured_on_the_first_sequences_which_are_of_all_domains(
     tmp_path: Path, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = [Sample(np.array([i]), "abc"[i // 8], (str(i),)) for i in range(24)]
-    tokens = [each.tokens for each in spread_over_domains(samples, 24)]
+    tokens = [each.tokens for each in spread_over_domains(samples, 24, "abc")]
     monkeypatch.setattr("tasks.layers.sample_tokens", lambda *_: tokens)
     for name in ("original_decoder", "checkpoint_decoder"):
         monkeypatch.setattr(f"tasks.layers.{name}", lambda *_: SimpleNamespace(sites=[]))
