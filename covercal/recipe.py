@@ -342,7 +342,17 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read_yaml(text: str) -> Any:
-    return _Loader(text).get_single_data()
+    """Return what a YAML text says.
+
+    Raises
+    ------
+    yaml.YAMLError
+        When it is none: also for a date that there is not, say, which PyYAML tells by other exceptions.
+    """
+    try:
+        return _Loader(text).get_single_data()
+    except (ValueError, LookupError, AttributeError, RecursionError) as cause:
+        raise yaml.YAMLError(f"a value cannot be read ({cause}).") from cause
 
 
 def parse_recipe(value: Mapping[str, Any], folder: Path, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:

@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+KEY = "[key]"  # what pydantic adds to the location of a mapping's key that is wrong itself
+
 
 def sentences(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """Return a sentence for every field that is wrong, and for an unknown one the nearest valid name.
@@ -62,32 +64,39 @@ def _first_hand(errors: Sequence[Any]) -> list[Any]:
 
 
 def _fields_of(location: Sequence[str | int], whole: type[BaseModel]) -> list[str | int]:
-    """Return a location without the names that pydantic adds for the branches of a union below a plain field."""
-    model: Any = whole
-    fields: list[str | int] = []
-    for part in location:
-        is_section = isinstance(model, type) and issubclass(model, BaseModel)
-        if isinstance(part, int):
-            fields.append(part)
-        elif is_section:
-            fields.append(part)
-            field = model.model_fields.get(part)
-            model = _section_type(field.annotation) if field is not None else None
-    return fields
+    """Return a location without what pydantic adds to it, such as names for the branches of a union."""
+    return _followed(location, whole)[0]
 
 
 def _valid_names(location: Sequence[str | int], whole: type[BaseModel]) -> list[str]:
+    section = _followed(location, whole)[1]
+    return list(section.model_fields) if _is_section(section) else []
+
+
+def _followed(location: Sequence[str | int], whole: type[BaseModel]) -> tuple[list[str | int], Any]:
+    """Return the parts of a location that stand in the recipe, and the section or annotation that the last one has."""
     model: Any = whole
+    fields: list[str | int] = []
     for part in location:
-        if isinstance(part, int) or not (isinstance(model, type) and issubclass(model, BaseModel)):
-            continue
-        model = _section_type(model.model_fields[part].annotation)
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+        if typing.get_origin(model) is dict:
+            fields.append(part)
+            model = _section_type(typing.get_args(model)[1])
+        elif isinstance(part, int):
+            fields.append(part)
+        elif _is_section(model) and part != KEY:
+            fields.append(part)
+            field = model.model_fields.get(part)
+            model = _section_type(field.annotation) if field is not None else None
+    return fields, model
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _section_type(annotation: Any) -> Any:
     """Return the section inside `tuple[Section, ...]` or `Section | None`, else the annotation."""
     if typing.get_origin(annotation) in (tuple, typing.Union, types.UnionType):
-        inner = [a for a in typing.get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+        inner = [a for a in typing.get_args(annotation) if _is_section(a)]
         return inner[0] if inner else annotation
     return annotation

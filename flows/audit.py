@@ -9,6 +9,7 @@ from rich.table import Table
 from covercal.errors import InputError, TooFewSamplesError
 from covercal.recipe import Recipe, TextSource
 from flows.chain import run_chain
+from flows.console import printable
 from flows.execution import Direct, Execution, Recorder
 from flows.inputs import check_model, identify
 from tasks.audit import audit_set
@@ -126,6 +127,6 @@ def help_table(found: dict[str, Any]) -> Table:
     for name in ("sample", "adds", "domain", "text"):
         table.add_column(name, justify="right" if name in ("sample", "adds") else "left", no_wrap=True)
     for each in found["would_help"]:
-        text = " ".join(each["text"].split())[:60]
-        table.add_row(str(each["sample"]), f"{each['adds']:.2%}", escape(each["domain"]), escape(text))
+        words = (printable(each["domain"]), " ".join(printable(each["text"]).split())[:60])
+        table.add_row(str(each["sample"]), f"{each['adds']:.2%}", *map(escape, words))
     return table

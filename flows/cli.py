@@ -6,6 +6,8 @@ import shlex
 import shutil
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -15,7 +17,7 @@ from rich.markup import escape
 
 from covercal.errors import CovercalError, EvaluationError, InputError
 from flows.cache_cli import cache
-from flows.console import AsJson, Offline, new_console, print_json, the_store
+from flows.console import AsJson, Offline, new_console, print_json, say, the_store
 from storage.artifacts import ArtifactStore
 from storage.errors import RemoteSettingsError, StorageError, UnwritableStoreError
 from storage.manifest import Ref
@@ -58,7 +60,7 @@ def run(
     typed = load_recipe(recipe, overrides or [])
     if output is not None:
         _check_new(output)
-        _check_place(output)
+        _check_place(output, output)
     command = _header(console, "run", recipe, overrides)
     finished = execute(typed, the_store(offline=offline), console, command=command, verbose=verbose)
     if output is not None:
@@ -68,14 +70,9 @@ def run(
         print_json({**finished.told, "report": str(finished.report), "record": str(finished.record)})
     _show_result(finished.summary, console)
     for name, path in (("Report", finished.report), ("Record", finished.record)):
-        console.print(f"[bold]{name}[/bold]       {path}", soft_wrap=True, highlight=False)
+        console.print(f"[bold]{name}[/bold]       {escape(str(path))}", soft_wrap=True, highlight=False)
     again, reused = _next_run(typed, recipe, overrides)
-    console.print(
-        f"Next         {again}   ({reused})",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
+    say(console, f"Next         {again}   ({reused})")
     if finished.failed:
         raise EvaluationError(" ".join(finished.failed))
 
@@ -84,10 +81,11 @@ def run(
 def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, offline: Offline = False) -> None:
     """Say for every stage whether it is cached or to do, and which input makes it so.
 
-    Nothing is built but the token sequences: which shards a pool has depends on them.
+    Nothing is built but the token sequences: which shards a pool has depends on them. What a run refuses before its
+    work is refused here, too (of a GGUF file once it has been unpacked).
     """
     from covercal.recipe import load_recipe
-    from flows.plan import show_plan
+    from flows.plan import THERE, show_plan
 
     console = new_console(as_json)
     typed = load_recipe(recipe, overrides or [])
@@ -95,9 +93,9 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
     rows = show_plan(typed, the_store(offline=offline), console)
     if as_json:
         print_json({"stages": rows})
-    left = sum(row["decision"] not in ("hit", "built", "rebuilt", "pulled") for row in rows)
+    left = sum(row["decision"] not in THERE for row in rows)
     console.print(f"{left} of {len(rows)} stages to do", highlight=False)
-    console.print(f"Next         {_command('run', recipe, overrides)}", soft_wrap=True, highlight=False, markup=False)
+    say(console, f"Next         {_command('run', recipe, overrides)}")
 
 
 @app.command()
@@ -122,7 +120,7 @@ def select(
     if output is not None:
         if output.is_dir():
             raise InputError(f"--output {output} is a folder; name a file, such as {output / 'chosen.jsonl'}.")
-        _check_place(output)
+        _check_place(output, output.parent)
     store = the_store(offline=offline)
     command = _header(console, "select", recipe, overrides)
     finished = execute(typed, store, console, command=command, until="selection", verbose=verbose)
@@ -133,14 +131,12 @@ def select(
         written = str(output.absolute()) if output is not None else None
         print_json({"stages": finished.stages, **finished.summary, "output": written})
     for line in selection_lines(finished.summary):
-        console.print(line, soft_wrap=True, highlight=False)
+        say(console, line)
     if output is not None:
-        console.print(
-            f"Written      {output} ({typed.selection.budget} lines: text, tokens, domain, rank, gain)", highlight=False
-        )
+        say(console, f"Written      {output} ({typed.selection.budget} lines: text, tokens, domain, rank, gain)")
     else:
         again = _command("select", recipe, overrides)
-        console.print(f"Next         {again} --output chosen.jsonl", soft_wrap=True, highlight=False, markup=False)
+        say(console, f"Next         {again} --output chosen.jsonl")
 
 
 @app.command()
@@ -161,6 +157,8 @@ def sweep(
     typed = load_recipe(recipe, overrides or [])
     if not typed.sweep:
         raise InputError(f"Recipe {recipe} has no `sweep:`; add one, such as sweep: {{selection.budget: [8, 32]}}.")
+    if output is not None:
+        _check_place(output, output)
     store = the_store(offline=offline)
     command = _header(console, "sweep", recipe, overrides)
     finished = execute_sweep(typed, store, console, command=command, output=output, verbose=verbose)
@@ -168,10 +166,10 @@ def sweep(
     found = rows(finished.results)
     console.print(sweep_table(found))
     for line in table_words(typed, found):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(console, line)
     for each in finished.written:
-        console.print(f"Written      {each}", soft_wrap=True, highlight=False)
-    console.print(f"Record       {finished.record}", soft_wrap=True, highlight=False)
+        say(console, f"Written      {each}")
+    say(console, f"Record       {finished.record}")
     if as_json:
         print_json(json.loads(finished.written[0].read_text(encoding="utf-8")))
     if finished.failed:
@@ -200,20 +198,20 @@ def audit(
     console = new_console(as_json)
     typed = load_recipe(recipe, overrides or [])
     source = calibration_source(calibration, text, domain)
-    _header(console, "audit", recipe, overrides, f"--calibration {calibration}")
+    _header(console, "audit", recipe, overrides, "--calibration", str(calibration))
     with Display(typed, console) as display, listening(display.progress):
         recorder = Recorder(display.start, display.event)
         found = audit_flow(typed, source, Direct(the_store(offline=offline), recorder))
     if as_json:
         print_json({"stages": stage_rows(recorder.events), "audit": found})
     for line in audit_lines(found):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        say(console, line)
     for name, table in (("heaviest_missed", missed_table(found)), ("would_help", help_table(found))):
         if found[name]:
             console.print()
             console.print(table)
     again = _command("select", recipe, overrides)
-    console.print(f"Next         {again} --output chosen.jsonl", soft_wrap=True, highlight=False, markup=False)
+    say(console, f"Next         {again} --output chosen.jsonl")
 
 
 @app.command()
@@ -243,21 +241,21 @@ def deploy(
     if as_json:
         print_json({"deployments": found.deployments, "at_once": found.at_once, "nightly": found.nightly})
     for name, page in found.deployments.items():
-        console.print(f"{name:<24} {page}", soft_wrap=True, highlight=False)
+        say(console, f"{name:<24} {page}")
     limit = f"{found.at_once} run{'s' * (found.at_once != 1)} at a time" if found.at_once else "no limit"
-    console.print(
-        f"Work pool    {POOL}: {limit}; the nightly run is {'on' if found.nightly else 'off'}", highlight=False
-    )
-    console.print(f"Next         prefect worker start --pool {POOL} --limit 1      on every machine that works")
+    say(console, f"Work pool    {POOL}: {limit}; the nightly run is {'on' if found.nightly else 'off'}")
+    say(console, f"Next         prefect worker start --pool {POOL} --limit 1      on every machine that works")
     given = "" if found.recipe else " --param recipe=/path/on/the/worker.yaml"
-    console.print(f"             prefect deployment run quantize/covercal{given}", soft_wrap=True, highlight=False)
+    say(console, f"             prefect deployment run quantize/covercal{given}")
 
 
 @app.command()
 def serve(
     recipes: Annotated[list[Path], typer.Argument(help="Recipe files; each becomes a deployment.", show_default=False)],
     cron: Annotated[str | None, typer.Option(help="When to run all of them, e.g. '0 2 * * *' (UTC).")] = None,
-    port: Annotated[int, typer.Option(help="Of the server and dashboard that are started on this machine.")] = 4200,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Of the server and dashboard that are started on this machine.")
+    ] = 4200,
 ) -> None:
     """Schedule recipes on this machine, with a dashboard, and nothing else to set up. Runs until stopped."""
     from flows.serve import serve as serve_recipes
@@ -284,10 +282,10 @@ def config(as_json: AsJson = False) -> None:
     for each in found:
         known = KNOWN[each.name]
         value = each.value if each.origin != DEFAULT else f"({known.default})"
-        table.add_row(each.name, known.variable, escape(value), each.origin, known.meaning)
+        table.add_row(each.name, known.variable, escape(value), escape(each.origin), known.meaning)
     console.print(table)
     words = "" if path.is_file() else ' (there is none; a line of it: cache = "/data/covercal")'
-    console.print(f"Settings file {path}{words}", soft_wrap=True, highlight=False, markup=False)
+    say(console, f"Settings file {path}{words}")
 
 
 @app.command()
@@ -317,21 +315,22 @@ def main() -> None:
 def _fail(error: Exception | str, code: int) -> NoReturn:
     if "--verbose" in sys.argv and isinstance(error, Exception):
         traceback.print_exception(error)
-    Console(file=sys.stderr, soft_wrap=True, highlight=False).print(f"[bold red]error[/bold red] {escape(str(error))}")
+    console = Console(file=sys.stderr, soft_wrap=True, highlight=False, emoji=False)
+    console.print(f"[bold red]error[/bold red] {escape(str(error))}")
     sys.exit(code)
 
 
-def _command(name: str, recipe: Path, overrides: list[str] | None) -> str:
+def _command(name: str, recipe: Path, overrides: list[str] | None, *others: str) -> str:
     words = ["covercal", name, str(recipe)]
     for each in overrides or []:
         words += ["--set", each]
-    return shlex.join(words)
+    return shlex.join([*words, *others])
 
 
 def _next_run(typed: "Recipe", recipe: Path, overrides: list[str] | None) -> tuple[str, str]:
     """Return a command for a next run, and what it reuses of this one."""
-    if typed.quantization.calibrated:
-        field, value = "selection.budget", max(1, typed.selection.budget // 2)
+    if typed.quantization.calibrated and typed.selection.budget > 1:
+        field, value = "selection.budget", typed.selection.budget // 2
         reused = "reuses all but selection, quantisation and evaluation"
     else:
         field, value = "quantization.bits", 4 if typed.quantization.bits == 3 else 3
@@ -342,7 +341,7 @@ def _next_run(typed: "Recipe", recipe: Path, overrides: list[str] | None) -> tup
 
 def _header(console: Console, name: str, recipe: Path, overrides: list[str] | None, *others: str) -> str:
     """Print and return the command."""
-    command = " ".join([_command(name, recipe, overrides), *others])
+    command = _command(name, recipe, overrides, *others)
     console.print(f"[bold]{escape(command)}[/bold]", soft_wrap=True, highlight=False)
     return command
 
@@ -354,7 +353,7 @@ def _check_deployed(recipe: Path, console: Console) -> None:
     if recipe.exists():
         load_recipe(recipe)
     else:
-        console.print(f"{recipe} is not on this machine; the workers must have it there.", highlight=False)
+        say(console, f"{recipe} is not on this machine; the workers must have it there.")
 
 
 def _check_new(output: Path) -> None:
@@ -362,17 +361,36 @@ def _check_new(output: Path) -> None:
         raise InputError(f"--output {output} exists already; name a folder that does not.")
 
 
-def _check_place(output: Path) -> None:
-    """Make sure, before any work, that something can be written there."""
-    place = next(each for each in output.absolute().parents if each.exists())
+def _check_place(output: Path, folder: Path) -> None:
+    """Make sure, before any work, that `folder`, where `output` is to be, is there or can be made, and written to."""
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     if not place.is_dir():
         raise InputError(f"--output {output} cannot be written: {place} is a file, not a folder.")
     if not os.access(place, os.W_OK):
         raise InputError(f"--output {output} cannot be written: folder {place} may not be written to.")
 
 
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Turn what keeps `output` from being written after all, such as a full disk, into a sentence."""
+    try:
+        yield
+    except OSError as cause:
+        first = cause.args[0][0][-1] if isinstance(cause, shutil.Error) else cause  # of every file that failed
+        raise CovercalError(
+            f"--output {output} could not be written: {first}. All that was computed is kept; the same command only "
+            "has to write it."
+        ) from cause
+
+
 def _export(checkpoint: Path, output: Path) -> None:
-    shutil.copytree(checkpoint, output, ignore=shutil.ignore_patterns("MANIFEST.json"))
+    """Copy a checkpoint to a new folder: all of it or nothing."""
+    try:
+        with _writing(output):
+            shutil.copytree(checkpoint, output, ignore=shutil.ignore_patterns("MANIFEST.json"))
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)
+        raise
 
 
 def _show_result(summary: dict[str, Any], console: Console) -> None:
@@ -380,7 +398,7 @@ def _show_result(summary: dict[str, Any], console: Console) -> None:
 
     console.print()
     for line in selection_lines(summary):
-        console.print(line, soft_wrap=True, highlight=False)
+        say(console, line)
     if summary["evaluation"] or summary["tasks"]:
         console.print()
         console.print(result_table(summary))
@@ -397,19 +415,21 @@ def _write_calibration(store: ArtifactStore, pool: Ref, selection: Ref, budget: 
 
     columns = sample_columns(store, pool, "text", "tokens", "domain", "origins")
     ranked = zip(chosen_samples(store, selection, budget).tolist(), gains(store, selection, budget), strict=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", encoding="utf-8") as stream:
-        for rank, (sample, gain) in enumerate(ranked):
-            row = {
-                "text": columns["text"][sample],
-                "tokens": columns["tokens"][sample],
-                "domain": columns["domain"][sample],
-                "origins": columns["origins"][sample],
-                "sample": sample,
-                "rank": rank,
-                "gain": gain,
-            }
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    lines = []
+    for rank, (sample, gain) in enumerate(ranked):
+        row = {
+            "text": columns["text"][sample],
+            "tokens": columns["tokens"][sample],
+            "domain": columns["domain"][sample],
+            "origins": columns["origins"][sample],
+            "sample": sample,
+            "rank": rank,
+            "gain": gain,
+        }
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    with _writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

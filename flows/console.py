@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 Offline = Annotated[bool, typer.Option("--offline", help="Go on without the remote cache: from the local one alone.")]
 
 FILE_WIDTH = 140  # where no terminal says how wide it is
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
 def the_store(*, offline: bool = False) -> ArtifactStore:
@@ -27,10 +29,20 @@ def the_store(*, offline: bool = False) -> ArtifactStore:
 
 def new_console(as_json: bool) -> Console:
     """Return where people read: stdout, or stderr when stdout is for a machine."""
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = FILE_WIDTH
     return console
+
+
+def printable(text: str) -> str:
+    """Return text without what a terminal takes for commands, and without line breaks."""
+    return _CONTROL.sub(" ", text)
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it stands, whatever is quoted in it: nothing of it is markup, and nothing is cut off."""
+    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -176,7 +176,7 @@ async def _recipe(client: "PrefectClient", given: Path | None) -> str:
 def _prefect_deploy(recipe: str, *, notified: bool) -> None:
     """Let Prefect read `deployments/prefect.yaml`."""
     given = {"COVERCAL_RECIPE": recipe} if recipe else {}
-    if notified and NOTIFY not in os.environ:
+    if notified and not os.environ.get(NOTIFY):
         given[NOTIFY] = f"webhook/{WEBHOOK}"
     with as_file(files("deployments") / "prefect.yaml") as path:
         command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(path)]

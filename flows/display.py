@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 
 from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from covercal.pool import Counts
 from covercal.recipe import Recipe
+from flows.console import printable, say
 from flows.execution import FAILED, Event
 from flows.summary import grid_name
 from tasks.progress import Progress
@@ -165,7 +167,7 @@ class Display:
             row.events.append(event)
             row.progress.clear()
             if row.finished and not self.console.is_terminal:
-                self.console.print(self._line(row), highlight=False, soft_wrap=True)
+                say(self.console, self._line(row))
 
     def progress(self, progress: Progress) -> None:
         """Show how far a running step is."""
@@ -195,18 +197,22 @@ class Display:
             told = any(str(event.decision) in ("rebuilt", FAILED) for event in row.events)
             reason = reason_of(row) if self.planned or told else ""
             words = decision_words(row, planned=self.planned) + (f"  ({reason})" if reason else "")
-            return finished_detail(row), words, "" if self.planned else _clock(seconds)
+            return _cell(finished_detail(row)), _cell(words), "" if self.planned else _clock(seconds)
         running = next(iter(row.progress.values()), None)
         elapsed = _clock(time.monotonic() - row.started)
         if running is None or not running.total:
-            return row.detail, "running", elapsed
+            return _cell(row.detail), "running", elapsed
         step = f" ({len(row.events) + 1} of {row.count})" if row.count > 1 else ""
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
             ProgressBar(total=running.total, completed=running.done, width=24),
             f"{running.unit} {running.done}/{running.total}{step}",
         )
-        return row.detail, bar, elapsed
+        return _cell(row.detail), bar, elapsed
+
+
+def _cell(text: str) -> str:
+    return escape(printable(text))
 
 
 def _clock(seconds: float) -> str:

@@ -92,7 +92,7 @@ def _check(recipe: Recipe, inputs: Inputs, store: ArtifactStore, until: str) -> 
     if _typed.get() is not None:
         return
     planned = Recorder()
-    run_chain(recipe, inputs, Planned(store, planned, builds=frozenset()), until=until)
+    run_chain(recipe, inputs, Planned(store, planned, builds=frozenset(), explains=False), until=until)
     if not is_complete(planned.events):
         check_model(recipe, inputs, Direct(store, Recorder()))
 

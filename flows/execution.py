@@ -169,11 +169,17 @@ class Planned:
     Which shards a pool has, and so what is cached of it, is only known once its texts are tokenised; that takes
     seconds, and the result is kept for the run. What the remote has is told as `pull`, and pulled only when its content
     decides what else is to do.
+
+    Attributes
+    ----------
+    explains
+        Whether what is to do says why, for which the manifests of its stage are read.
     """
 
     store: ArtifactStore
     recorder: Recorder
     builds: frozenset[str] = frozenset({"pool", "texts"})
+    explains: bool = True
     planned: dict[str, Request] = field(default_factory=dict)
 
     def run(self, label: str, step: Step, **inputs: Any) -> Ref | Pending:
@@ -212,7 +218,7 @@ class Planned:
             self.recorder.add(Event(label, step.stage, request.key, "pull", reason))
             return remote.manifest.ref
         damaged = [each.reason for each in (found, remote) if each.damaged]
-        reason = "; ".join(damaged) or self.store.explain(request, self.planned)
+        reason = "; ".join(damaged) or (self.store.explain(request, self.planned) if self.explains else found.reason)
         decision = "rebuild" if damaged else "build"
         self.recorder.add(Event(label, step.stage, request.key, decision, reason))
         return Ref(step.stage, request.key)

@@ -14,6 +14,7 @@ from prefect.utilities.asyncutils import run_coro_as_sync
 from tasks.settings import apply_settings
 
 NOTIFY = "COVERCAL_NOTIFY"
+DEPLOYED_NOTIFY = "COVERCAL_DEPLOYED_NOTIFY"  # what a deployment says, for workers that say nothing
 
 
 def failure_message(flow_run: FlowRun, state: State[Any]) -> dict[str, Any]:
@@ -33,12 +34,12 @@ def failure_message(flow_run: FlowRun, state: State[Any]) -> dict[str, Any]:
 
 
 def notify(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Send a failed or crashed run's message to the block that `COVERCAL_NOTIFY` names; without one, to nobody.
+    """Send a failed or crashed run's message to the block that the worker's `COVERCAL_NOTIFY` or the deployment names.
 
-    A message that cannot be sent is an error in the log, and changes nothing of the run.
+    Without one, nobody is told. A message that cannot be sent is an error in the log, and changes nothing of the run.
     """
     apply_settings()
-    name = os.environ.get(NOTIFY, "")
+    name = os.environ.get(NOTIFY) or os.environ.get(DEPLOYED_NOTIFY)
     if not name:
         return
     try:

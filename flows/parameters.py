@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from covercal.errors import InputError
 from covercal.quantization_settings import PRESETS
 from covercal.recipe import Recipe, load_recipe, parse_recipe
 from covercal.selectors.registry import SELECTORS
@@ -35,6 +36,11 @@ def asked_recipe(recipe: RecipeSource, fields: Mapping[str, Any], changes: Seque
     InputError
         When the recipe is not there or a field is wrong.
     """
+    if not recipe:
+        raise InputError(
+            "No recipe was given; `recipe` is the path of a recipe file on the worker's machine. "
+            "`covercal deploy RECIPE` gives runs one that they have unless they are given another."
+        )
     overrides = [f"{name}={json.dumps(value)}" for name, value in fields.items() if value is not None]
     overrides += changes
     if isinstance(recipe, str):

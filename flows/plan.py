@@ -1,6 +1,6 @@
 """Planning a recipe: the chain gone through without building anything heavy."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -8,33 +8,42 @@ from rich.console import Console
 from covercal.recipe import Recipe
 from flows.chain import run_chain
 from flows.display import Display
-from flows.execution import Event, Planned, Recorder
-from flows.inputs import Inputs, identify
+from flows.execution import Direct, Event, Planned, Recorder
+from flows.inputs import Inputs, check_model, identify
 from flows.report import Concluded, conclude
 from flows.summary import stage_rows
 from storage.artifacts import ArtifactStore
 
 MADE = ("built", "rebuilt", "pulled", "waited")
+THERE = ("hit", *MADE)
 
 
 def plan(
-    recipe: Recipe, store: ArtifactStore, recorder: Recorder, *, until: str = "report"
+    recipe: Recipe, store: ArtifactStore, recorder: Recorder, *, until: str = "report", explains: bool = True
 ) -> tuple[Inputs, Concluded]:
-    """Go through the chain without building anything but the token sequences."""
+    """Go through the chain without building anything but the token sequences; `explains` as in `Planned`."""
     inputs = identify(recipe, store)
-    execution = Planned(store, recorder)
+    execution = Planned(store, recorder, explains=explains)
     chain = run_chain(recipe, inputs, execution, until=until)
     return inputs, conclude(recipe, chain, execution, recorder.events, until=until)
 
 
 def show_plan(recipe: Recipe, store: ArtifactStore, console: Console, *, until: str = "report") -> list[dict[str, Any]]:
-    """Show which stages are cached and which are to do, and why; return the rows."""
+    """Show which stages are cached and which are to do, and why; return the rows.
+
+    Raises
+    ------
+    InputError
+        When something is to do that a run would refuse before its work; of a GGUF file only once it has been unpacked.
+    """
     with Display(recipe, console, planned=True) as display:
         recorder = Recorder(display.start, display.event)
-        plan(recipe, store, recorder, until=until)
+        inputs, _ = plan(recipe, store, recorder, until=until)
+    if is_complete(event for event in recorder.events if event.label == "model") and not is_complete(recorder.events):
+        check_model(recipe, inputs, Direct(store, Recorder()))
     return stage_rows(recorder.events)
 
 
-def is_complete(events: Sequence[Event]) -> bool:
+def is_complete(events: Iterable[Event]) -> bool:
     """Return whether a plan found everything, so that a run builds nothing."""
-    return all(event.decision in ("hit", *MADE) for event in events)
+    return all(event.decision in THERE for event in events)

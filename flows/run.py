@@ -12,10 +12,11 @@ from rich.console import Console
 from covercal.errors import CovercalError
 from covercal.recipe import Recipe, plain
 from flows.chain import run_chain
+from flows.console import say
 from flows.display import Display
 from flows.execution import Direct, Event, Planned, Recorder
 from flows.inputs import Inputs, check_model, identify
-from flows.plan import MADE, is_complete, plan
+from flows.plan import MADE, THERE, is_complete, plan
 from flows.record import Finished, FinishedSweep, Running
 from flows.server import configured_server, set_prefect_defaults
 from flows.sweep import Cell, CellResult, Tell, cells, found_words, run_cells
@@ -44,7 +45,7 @@ def execute(
     planned = Recorder()
     if sent := store.send_unsent():
         console.print(f"{sent} artifacts that an earlier run could not send are in the remote now", highlight=False)
-    inputs, concluded = plan(recipe, store, planned, until=until)
+    inputs, concluded = plan(recipe, store, planned, until=until, explains=False)
     cached = is_complete(planned.events)
     built = {event.key: event for event in planned.events if event.decision in MADE}
     built |= {  # what decided what else is to do was pulled meanwhile
@@ -82,18 +83,17 @@ def execute_sweep(
     store.send_unsent()
     planned = Recorder()
     broken = [cell for cell in wanted if not _plannable(cell, store, planned)]
-    to_do = {event.key for event in planned.events if event.decision not in ("hit", "built", "rebuilt", "pulled")}
+    to_do = {event.key for event in planned.events if event.decision not in THERE}
     console.print(f"{len(wanted)} cells, {len(to_do)} artifacts or more to make", highlight=False)
     for cell in broken:
-        console.print(f"  will fail: {cell.name}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"  will fail: {cell.name}")
     clock = time.monotonic()
 
     def tell(number: int, cell: Cell, result: CellResult) -> None:
         nonlocal clock
         took, clock = time.monotonic() - clock, time.monotonic()
         clocked = f"{int(took // 60)}:{int(took % 60):02d}"
-        line = f"  {number:>3}/{len(wanted)}  {cell.name:<56} {found_words(result)}   {clocked}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, f"  {number:>3}/{len(wanted)}  {cell.name:<56} {found_words(result)}   {clocked}")
 
     with running.kept():
         if to_do or configured_server():
@@ -105,7 +105,7 @@ def execute_sweep(
 def _plannable(cell: Cell, store: ArtifactStore, planned: Recorder) -> bool:
     """Plan a cell; one that cannot be planned says why when its turn comes, after the others were planned, too."""
     try:
-        run_chain(cell.recipe, identify(cell.recipe, store), Planned(store, planned))
+        run_chain(cell.recipe, identify(cell.recipe, store), Planned(store, planned, explains=False))
     except (CovercalError, StorageError):
         return False
     return True

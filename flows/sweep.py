@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from covercal.comparison import student_quantile
@@ -34,6 +35,7 @@ SELECTOR = "selection.selector"
 BUDGET = "selection.budget"
 RANDOM = "random"
 MODELS = ("original", "nearest", "run")
+ROUNDING = 1e-12  # of two means, far below every difference that a measure tells
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Return what sets it apart, such as `coverage, 8, seed 0`."""
-        short = short_names(self.fields)
-        return ", ".join(f"{short[name]} {value}" for name, value in self.fields.items())
+        return _cell_name(self.fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,11 @@ class Row:
     tasks: dict[str, TaskMean]
 
 
+def _cell_name(fields: dict[str, Any]) -> str:
+    short = short_names(fields)
+    return ", ".join(f"{short[name]} {value}" for name, value in fields.items())
+
+
 def cells(recipe: Recipe) -> list[Cell]:
     """Return the cells of a recipe's `sweep`; a seed that a selector does not read makes no further cell."""
     names = list(recipe.sweep)
@@ -135,7 +141,8 @@ def cells(recipe: Recipe) -> list[Cell]:
         chosen = fields.get(SELECTOR, recipe.selection.selector)
         if SEED in fields and not selector(str(chosen)).seeded:
             fields[SEED] = recipe.selection.seed
-        cell = Cell(fields, parse_recipe(with_fields(recipe, fields), Path("/")))
+        named = f"of the sweep's cell ({_cell_name(fields)})"
+        cell = Cell(fields, parse_recipe(with_fields(recipe, fields), Path("/"), named))
         found.setdefault(json.dumps(cell.recipe.model_dump(mode="json"), sort_keys=True), cell)
     return list(found.values())
 
@@ -341,11 +348,16 @@ def against_random(
         return math.nan, math.nan, math.nan, math.nan
     percentile = float(np.mean([other > value for pool in shared for value in values[pool] for other in rivals[pool]]))
     random_mean = float(np.mean([np.mean(rivals[pool]) for pool in shared]))
-    differences = [float(np.mean(values[pool]) - np.mean(rivals[pool])) for pool in shared]
+    differences = [_difference(float(np.mean(values[pool])), float(np.mean(rivals[pool]))) for pool in shared]
     if len(shared) > 1:
         return float(np.mean(differences)), half_interval(differences), percentile, random_mean
     drawn = [rivals[shared[0]], *([] if exact else [values[shared[0]]])]
     return differences[0], _welch_half_interval(drawn), percentile, random_mean
+
+
+def _difference(mean: float, other: float) -> float:
+    """Return how far a mean lies above another; 0 where only the rounding of equal values lies between them."""
+    return 0.0 if math.isclose(mean, other, rel_tol=ROUNDING) else mean - other
 
 
 def _welch_half_interval(drawn: Sequence[Sequence[float]]) -> float:
@@ -423,7 +435,7 @@ def sweep_table(found: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     names = list(dict.fromkeys(name for row in found for name in row.fields))
     for short in short_names(names).values():
-        table.add_column(short, no_wrap=True)
+        table.add_column(escape(short), no_wrap=True)
     measured, compared = (any(not math.isnan(getattr(row, n)) for row in found) for n in ("mean", "difference"))
     tasks = {name: task for row in found for name, task in row.tasks.items()}
     table.add_column("runs", justify="right")
@@ -432,9 +444,9 @@ def sweep_table(found: Sequence[Row]) -> Table:
     if compared:
         table.add_column("beats", justify="right")
     for name, task in tasks.items():
-        table.add_column(f"{name}, {task.metric} ± 95%", no_wrap=True)
+        table.add_column(escape(f"{name}, {task.metric} ± 95%"), no_wrap=True)
     for row in found:
-        cells = [str(row.fields.get(name, "")) for name in names]
+        cells = [escape(str(row.fields.get(name, ""))) for name in names]
         cells.append(str(len(row.values)))
         if measured:
             cells.append(_with_interval(row.mean, row.interval))

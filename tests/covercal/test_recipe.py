@@ -264,6 +264,35 @@ def test_an_unknown_field_called_like_a_type_is_named_too(section: str, name: st
     assert f"there is no field `{full}`" in complaint(with_fields({full: 1}))
 
 
+@pytest.mark.parametrize(
+    ("fields", "sentences"),
+    [
+        (
+            {"require.tasks": {"arc": {"maxx": 0.3}}},
+            ["there is no field `require.tasks.arc.maxx`; did you mean `require.tasks.arc.max`?"],
+        ),
+        (
+            {"require.tasks": {"arc": {"max": "much"}, "piqa": {}}},
+            [
+                "`require.tasks.arc.max`: Input should be a valid number",
+                "`require.tasks.piqa`: give `max`, `min` or both",
+            ],
+        ),
+        ({"require.tasks": {3: {"max": 1}}}, ["`require.tasks.3`: Input should be a valid string (got 3)"]),
+        (
+            {"sweep": {"selection.budget": 8, "selection.seed": 3}},
+            [
+                "`sweep.selection.budget`: Input should be a valid tuple (got 8)",
+                "`sweep.selection.seed`: Input should be",
+            ],
+        ),
+    ],
+)
+def test_an_entry_of_a_mapping_is_named_by_its_key(fields: dict[str, Any], sentences: list[str]) -> None:
+    said = complaint(with_fields(fields))
+    assert all(each in said for each in sentences)
+
+
 def test_all_faults_are_named_at_once() -> None:
     said = complaint(with_fields({"pool.sampels": 8, "quantization.bits": 1, "outliers.k": -1}))
     assert all(field in said for field in ("`pool.sampels`", "`quantization.bits`", "`outliers.k`"))
@@ -577,6 +606,16 @@ def test_broken_yaml_names_the_file_and_the_line(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text("model:\n  source: a/b\npool: [1\n")
     with pytest.raises(InputError, match=r"broken\.yaml is not valid YAML[\s\S]*line 3"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("value", ["2024-02-30", "0x_", "!!int x", "!!int ''", "!!bool x", "!!timestamp x", "[" * 2000])
+def test_a_value_that_yaml_cannot_read_is_refused_in_a_file_and_in_an_override(tmp_path: Path, value: str) -> None:
+    path = written(tmp_path, SMALLEST)
+    with pytest.raises(InputError, match=r"--set device=[\s\S]*: the value is not valid YAML: "):
+        load_recipe(path, [f"device={value}"])
+    path.write_text(f"device: {value}\n")
+    with pytest.raises(InputError, match=r"recipe\.yaml is not valid YAML: "):
         load_recipe(path)
 
 

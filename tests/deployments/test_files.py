@@ -12,6 +12,7 @@ from prefect import Flow
 from prefect.flows import load_flow_from_entrypoint
 
 from flows.deploy import DEPLOYMENTS, LOST_AFTER, POOL, SCHEDULED, TAG
+from flows.notify import DEPLOYED_NOTIFY, NOTIFY
 from tasks.settings import KNOWN
 
 ROOT = Path(__file__).parents[2]
@@ -104,14 +105,21 @@ def test_secrets_come_from_the_environment_alone_and_the_example_has_none() -> N
     assert needed <= set(lines)
     assert optional - set(lines) <= {"PREFECT_PORT", "REPORTS_PORT"}
     assert [name for name, value in lines.items() if "PASSWORD" in name and value] == []
-    assert lines["PREFECT_AUTH"] == "covercal:"
+    assert [name for name in sorted(needed) if lines[name]] == ["S3_USER"]  # the rest is refused until it is filled in
+
+
+def test_no_deployment_overrides_a_setting_of_a_worker(deployed: dict[str, Any]) -> None:
+    known = {each.variable for each in KNOWN.values()}
+    for each in deployed["deployments"]:
+        told = each["work_pool"]["job_variables"]["env"]
+        assert not known & set(told)
+        assert told[DEPLOYED_NOTIFY] == "{{ $COVERCAL_NOTIFY }}"
 
 
 def test_what_workers_are_told_are_settings_that_there_are(services: dict[str, Any]) -> None:
     known = {each.variable for each in KNOWN.values()}
     told = {name for name in services["worker"]["environment"] if name.startswith("COVERCAL")}
-    assert told
-    assert told <= known
+    assert NOTIFY in told <= known
 
 
 def test_images_run_as_nobody_and_keep_no_cache() -> None:

@@ -339,13 +339,23 @@ def test_the_sentence_about_an_empty_set_speaks_of_the_set(
 # --- texts that are hard to show -----------------------------------------------------------------------------------
 
 
-def test_brackets_in_the_pools_texts_are_shown_as_they_are(
+def test_brackets_in_texts_and_domains_are_shown_as_they_are_and_control_characters_are_not(
     command: Command, write_recipe: WriteRecipe, store: ArtifactStore, mine: Path, tmp_path: Path
 ) -> None:
-    texts = write_rows(tmp_path / "chat.jsonl", [f"[/INST] {tiny.text(s, 'animals', 8)}" for s in range(200)])
-    path = write_recipe(outliers=FEW, pool={"sources": [{"path": str(texts)}]})
-    code, out, _ = command("audit", path, "--calibration", mine)
-    assert (code, "[/INST]" in out.split("Would add most")[1]) == (0, True)
+    said = [f"[/INST]\x1b[2J {tiny.text(s, 'animals', 8)}" for s in range(200)]
+    texts = write_rows(tmp_path / "chat.jsonl", said)
+    for file in (texts, mine):
+        rows = [{**json.loads(line), "kind": "[/r/\x1b]0;code]"} for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    own = mine.rename(tmp_path / "my texts.jsonl")
+    path = write_recipe(outliers=FEW, pool={"sources": [{"path": str(texts), "domain": "kind"}]})
+    code, out, _ = command("audit", path, "--calibration", own, "--domain", "kind")
+    assert (code, "\x1b" in out) == (0, False)
+    assert out.startswith(f"covercal audit {path} --calibration '{own}'\n")
+    top, helping = out.split("Would add most")
+    assert "[/r/ ]0;code]" in top
+    assert "[/r/ ]0;code]" in helping
+    assert "[/INST]" in helping
 
 
 def test_what_a_sample_adds_is_shown_whole_where_stdout_is_no_terminal(

@@ -1,6 +1,8 @@
 """The command line: exit codes, sentences, JSON, and what each command leaves behind."""
 
+import errno
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import yaml
 from covercal.recipe import load_recipe
 from flows import cli
 from storage.artifacts import ArtifactStore
+from tests import tiny
 from tests.flows.test_run import run_here
 from tests.tasks.report.reading import read
 
@@ -162,6 +165,7 @@ def test_run_output_is_a_checkpoint_that_loads(
         ("select", ".", "is a folder; name a file"),
         ("select", "file/chosen.jsonl", "is a file, not a folder"),
         ("run", "file/new/checkpoint", "is a file, not a folder"),
+        ("sweep", "file", "is a file, not a folder"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_named_before_any_work(
@@ -174,9 +178,99 @@ def test_a_place_that_cannot_be_written_is_named_before_any_work(
     message: str,
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    code, _, err = command(name, write_recipe(), "--output", tmp_path / place)
+    code, _, err = command(name, write_recipe(sweep={"selection.budget": [2]}), "--output", tmp_path / place)
     assert (code, message in err) == (2, True)
     assert not list(store.manifests())
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [FULL, shutil.Error([("a", "b", str(FULL)), ("c", "d", "another")])])
+def test_a_checkpoint_that_cannot_be_copied_leaves_no_half_of_it_and_may_be_copied_again(
+    command: Command,
+    write_recipe: WriteRecipe,
+    store: ArtifactStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: OSError,
+) -> None:
+    def copy(source: Path, target: Path, **_: Any) -> None:
+        target.mkdir()
+        (target / "model.safetensors").touch()
+        raise error
+
+    path, output = write_recipe(evaluation={"divergence": []}), tmp_path / "checkpoint"
+    run_here(path, store)
+    with monkeypatch.context() as disk:
+        disk.setattr(cli.shutil, "copytree", copy)
+        code, _, err = command("run", path, "--output", output)
+    assert (code, output.exists()) == (1, False)
+    assert f"--output {output} could not be written: [Errno {errno.ENOSPC}] No space left on device. All that" in err
+    assert command("run", path, "--output", output)[0] == 0
+
+
+def test_chosen_samples_that_cannot_be_written_are_told_with_the_cause(
+    command: Command, write_recipe: WriteRecipe, store: ArtifactStore
+) -> None:
+    path = write_recipe(evaluation={"divergence": []})
+    run_here(path, store)
+    code, _, err = command("select", path, "--output", "/dev/full")
+    assert code == 1
+    assert "--output /dev/full could not be written: [Errno 28] No space left on device. All that" in err
+
+
+@pytest.mark.parametrize("name", ["run", "select"])
+def test_domains_are_shown_as_they_are_but_for_control_characters(
+    command: Command, write_recipe: WriteRecipe, store: ArtifactStore, tmp_path: Path, name: str
+) -> None:
+    domains = ("[/r/code]", "[numbers]", ":car: \x1b[2J")
+    texts = tmp_path / "texts.jsonl"
+    said = [{"text": tiny.text(s, "code"), "domain": domains[s % 3]} for s in range(60)]
+    texts.write_text("".join(json.dumps(each) + "\n" for each in said), encoding="utf-8")
+    sources = [{"path": str(texts), "domain": "domain"}]
+    path = write_recipe(pool={"sources": sources}, selection={"budget": 16}, evaluation={"divergence": []})
+    run_here(path, store)
+    code, out, _ = command(name, path)
+    assert (code, "\x1b" in out) == (0, False)
+    assert all(each in out for each in (" [/r/code]", " [numbers]", " :car:  [2J"))
+
+
+@pytest.mark.parametrize(
+    ("field", "sentence"),
+    [("device=foo", "device 'foo' is not available here"), ("quantization.group_size=24", "24 does not divide the 32")],
+)
+def test_a_plan_refuses_what_a_run_refuses_before_its_work(
+    command: Command, write_recipe: WriteRecipe, field: str, sentence: str
+) -> None:
+    code, out, err = command("plan", write_recipe(evaluation={"divergence": []}), "--set", field)
+    assert code == 2
+    assert sentence in err
+    assert "checkpoint" in out
+
+
+def test_a_plan_unpacks_no_model(
+    command: Command, write_recipe: WriteRecipe, store: ArtifactStore, tmp_path: Path
+) -> None:
+    path = write_recipe(model={"source": str(tiny.save_gguf(tmp_path / "tiny.gguf"))}, evaluation={"divergence": []})
+    assert command("plan", path, "--set", "quantization.group_size=24")[0] == 0
+    assert not list(store.manifests())
+
+
+def test_what_another_process_built_is_not_to_do(
+    command: Command, write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.plan.show_plan", lambda *_: [{"decision": "waited"}, {"decision": "waits"}])
+    assert "1 of 2 stages to do" in command("plan", write_recipe())[1]
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536, 99999])
+def test_a_port_that_there_is_not_is_refused(
+    command: Command, write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, port: int
+) -> None:
+    monkeypatch.setattr("flows.serve.serve", None)  # calling it would fail
+    code, _, err = command("serve", write_recipe(), "--port", port)
+    assert (code, "Invalid value for '--port'" in err) == (2, True)
 
 
 def test_the_next_run_that_is_offered_is_of_the_same_recipe(write_recipe: WriteRecipe) -> None:
@@ -188,8 +282,9 @@ def test_the_next_run_that_is_offered_is_of_the_same_recipe(write_recipe: WriteR
         f"covercal run {path} {kept}",
         "reuses all but selection, quantisation and evaluation",
     )
-    cached = load_recipe(path, ["quantization.method=cached"])  # reads no chosen samples
-    assert cli._next_run(cached, path, None)[0] == f"covercal run {path} --set quantization.bits=3"
+    for fields in (["quantization.method=cached"], ["selection.budget=1"]):  # reads no chosen samples; no half of one
+        offered, _ = cli._next_run(load_recipe(path, fields), path, None)
+        assert offered == f"covercal run {path} --set quantization.bits=3"
 
 
 def test_what_is_measured_on_the_pools_own_texts_is_refused(command: Command, write_recipe: WriteRecipe) -> None:

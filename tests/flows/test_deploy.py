@@ -37,6 +37,18 @@ def test_a_server_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch)
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(("own", "deployed"), [("", "webhook/covercal"), ("mail/team", "mail/team")])
+def test_failed_runs_are_told_to_the_webhook_unless_the_environment_names_a_block(
+    monkeypatch: pytest.MonkeyPatch, own: str, deployed: str
+) -> None:
+    asked: dict[str, str] = {}
+    done = subprocess.CompletedProcess([], 0)
+    monkeypatch.setenv("COVERCAL_NOTIFY", own)
+    monkeypatch.setattr(deploy.subprocess, "run", lambda command, env, **_: asked.update(env) or done)
+    deploy._prefect_deploy("", notified=True)
+    assert asked["COVERCAL_NOTIFY"] == deployed
+
+
 def test_a_port_in_use_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -10,7 +10,7 @@ from prefect.blocks.notifications import NotificationBlock
 from prefect.blocks.webhook import Webhook
 from prefect.client.schemas.objects import FlowRun, State, StateType
 
-from flows.notify import failure_message, notify
+from flows.notify import DEPLOYED_NOTIFY, NOTIFY, failure_message, notify
 
 RUN = FlowRun(id=UUID(int=7), flow_id=UUID(int=1), name="quantize model · gptq w4 g64 · coverage@64")
 STATE = State(type=StateType.FAILED, name="Failed", message="The pool is empty.")
@@ -23,7 +23,8 @@ def some_flow() -> None:
 
 @pytest.fixture(autouse=True)
 def _nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COVERCAL_NOTIFY", raising=False)
+    for name in (NOTIFY, DEPLOYED_NOTIFY):
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_a_message_is_a_sentence_and_its_parts() -> None:
@@ -55,6 +56,25 @@ def test_a_block_of_any_notification_gets_text_and_subject(
     ((body, subject),) = told
     assert "The pool is empty." in body
     assert subject == f"covercal: {RUN.name}"
+
+
+@pytest.mark.parametrize(
+    ("own", "deployed", "told"),
+    [("mail/own", "webhook/covercal", ["mail/own"]), ("", "webhook/covercal", ["webhook/covercal"]), ("", "", [])],
+)
+def test_what_a_worker_says_itself_goes_before_what_was_deployed(
+    monkeypatch: pytest.MonkeyPatch, own: str, deployed: str, told: list[str]
+) -> None:
+    found: list[str] = []
+
+    async def send(name: str, message: dict[str, Any]) -> None:
+        found.append(name)
+
+    monkeypatch.setattr("flows.notify._send", send)
+    monkeypatch.setenv(NOTIFY, own)
+    monkeypatch.setenv(DEPLOYED_NOTIFY, deployed)
+    notify(some_flow, RUN, STATE)
+    assert found == told
 
 
 @pytest.mark.parametrize("name", ["webhook/nobody", "webhook/closed"])

@@ -40,6 +40,8 @@ def test_a_recipe_that_was_given_as_json_is_not_changed(write_recipe: WriteRecip
 def test_what_is_wrong_is_named(write_recipe: WriteRecipe) -> None:
     with pytest.raises(InputError, match="There is no recipe file /nowhere"):
         asked_recipe("/nowhere.yaml", {}, [])
+    with pytest.raises(InputError, match="No recipe was given; `recipe` is the path of a recipe file on the worker"):
+        asked_recipe("", {}, [])
     with pytest.raises(InputError, match="did you mean"):
         asked_recipe(str(write_recipe()), {}, ["pool.sampels=8"])
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,15 +26,16 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from covercal.errors import ActivationError, InputError
 from covercal.recipe import load_recipe, plain
+from flows import entrypoints
 from flows.chain import Chain, run_chain
 from flows.choosing import shown_selectors
-from flows.display import row_details
-from flows.execution import Direct, Recorder
+from flows.display import Display, row_details
+from flows.execution import Direct, Event, Recorder
 from flows.inputs import identify
 from flows.plan import plan
 from flows.record import Finished, Running
 from flows.report import build_times, conclude
-from flows.run import execute
+from flows.run import execute, execute_sweep
 from flows.summary import checkpoint_lines, stage_rows
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
@@ -185,6 +187,33 @@ def test_the_plan_names_the_field_that_makes_a_stage_run(write_recipe: WriteReci
     assert bits["nearest"]["reason"] == "quantization.bits: 4 -> 3"
     assert bits["checkpoint"]["reason"] == "quantization.bits: 4 -> 3"
     assert bits["statistics"]["decision"] == "hit"
+
+
+def test_only_a_plan_that_is_shown_says_why(
+    write_recipe: WriteRecipe, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(sweep={"selection.budget": [2, 4]})
+    plan_here(path, store)
+    for name, meant in (("run._run_flow", "run"), ("run._run_sweep", "swept")):
+        monkeypatch.setattr(f"flows.{name}", lambda *_, meant=meant, **__: meant)
+    monkeypatch.setattr(ArtifactStore, "explain", None)  # calling it would fail
+    recipe, console = load_recipe(path), Console(stderr=True)
+    assert execute(recipe, store, console, command="run") == "run"
+    assert execute_sweep(recipe, store, console, command="sweep") == "swept"
+    entrypoints._check(recipe, identify(recipe, store), store, "report")
+    with pytest.raises(TypeError):
+        plan_here(path, store)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_error_is_shown_as_it_is_but_for_control_characters(write_recipe: WriteRecipe, terminal: bool) -> None:
+    console = Console(file=StringIO(), force_terminal=terminal, width=160)
+    with Display(load_recipe(write_recipe()), console) as display:
+        display.start("tasks", 1)
+        display.event(Event("tasks", "tasks", "", "failed", "ValueError: in [/x]\x1b[2J of [b]"))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "ValueError: in [/x] [2J of [b])" in shown
+    assert "\x1b[2J" not in shown
 
 
 def test_a_plan_of_a_new_recipe_builds_only_token_sequences(write_recipe: WriteRecipe, store: ArtifactStore) -> None:

@@ -5,11 +5,13 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from covercal.errors import InputError
@@ -90,6 +92,12 @@ def test_a_swept_field_that_is_not_there_is_refused_with_a_sentence(
     assert code == 2
     assert f"sweep.{field}: {sentence}" in err
     assert not list(store.manifests())
+
+
+def test_what_is_wrong_in_a_cell_names_the_sweep_and_the_cell(command: Command, write_recipe: WriteRecipe) -> None:
+    code, _, err = command("sweep", write_recipe(sweep={"selection.bugdet": [1], "pool.seed": [3]}))
+    sentence = "there is no field `selection.bugdet`; did you mean `selection.budget`?"
+    assert (code, err) == (2, f"error Recipe of the sweep's cell (bugdet 1, seed 3): {sentence}")
 
 
 def test_a_sweep_may_set_a_field_of_a_section_that_the_recipe_leaves_out(write_recipe: WriteRecipe) -> None:
@@ -184,6 +192,14 @@ def test_a_single_value_that_chance_had_a_part_in_leaves_the_interval_unknown(
     found, interval, _, random_mean = against_random({None: values}, {None: rivals}, exact=exact)
     assert (found, random_mean) == pytest.approx((np.mean(values) - np.mean(rivals), np.mean(rivals)))
     assert math.isnan(interval)
+
+
+def test_equal_values_differ_by_nothing_but_the_rounding_of_their_mean() -> None:
+    value, count = next((v / 100, n) for v in range(1, 100) for n in range(7, 20) if np.mean([v / 100] * n) != v / 100)
+    found, interval, _, _ = against_random({None: [value]}, {None: [value] * count}, exact=True)
+    assert (found, interval < 1e-12) == (0, True)
+    one, many = {0: [value], 1: [value]}, {0: [value] * count, 1: [value] * count}
+    assert against_random(one, many, exact=True)[:2] == (0, 0)
 
 
 def test_the_percentile_compares_within_a_pool_only() -> None:
@@ -330,6 +346,15 @@ def test_a_sweep_that_measures_nothing_on_texts_says_so(write_recipe: WriteRecip
 def test_the_table_leaves_comparisons_out_where_nothing_is_random() -> None:
     columns = [column.header for column in sweep_table(rows([result(0.5, selector="coverage", budget=8)])).columns]
     assert columns == ["selector", "budget", "runs", "mean ± 95%"]
+
+
+def test_the_table_shows_brackets_as_they_are() -> None:
+    found = rows([replace(scored(0.25), fields={"pool.sources.0.path": "[/data].txt"})])
+    console = Console(file=StringIO(), width=160)
+    console.print(sweep_table([replace(found[0], tasks={"[/arc]": found[0].tasks["arc"]})]))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "[/data].txt" in shown
+    assert "[/arc], acc ± 95%" in shown
 
 
 # --- tasks ---------------------------------------------------------------------------------------------------------
