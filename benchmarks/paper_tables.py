@@ -89,7 +89,7 @@ def _line(values: Iterable[object]) -> str:
 def is_cached(recipe: Recipe, store: ArtifactStore, until: str = "evaluation") -> bool:
     """Return whether a run of a recipe would compute nothing that takes long."""
     planned = Recorder()
-    run_chain(recipe, identify(recipe, store), Planned(store, planned), until=until)
+    run_chain(recipe, identify(recipe, store), Planned(store, planned, explains=False), until=until)
     heavy = [event for event in planned.events if event.stage not in LIGHT]
     return all(event.decision in ("hit", "built", "rebuilt", "pulled") for event in heavy)
 

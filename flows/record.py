@@ -10,7 +10,7 @@ from typing import Any
 
 from covercal.errors import EvaluationError
 from covercal.recipe import Recipe, plain
-from flows.console import new_console
+from flows.console import new_console, say
 from flows.execution import Recorder
 from flows.report import Concluded, Took, lean, told, write_page, write_sweep
 from flows.requirements import shortcomings
@@ -117,8 +117,7 @@ class Running:
             try:
                 self._write("failed", {}, error)
             except StorageError as fault:
-                console = new_console(as_json=True)
-                console.print(f"This run leaves no record. {fault}", markup=False, highlight=False, soft_wrap=True)
+                say(new_console(as_json=True), f"This run leaves no record. {fault}")
             raise
 
     def finish(self, concluded: Concluded) -> Finished:

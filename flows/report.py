@@ -1,7 +1,8 @@
 """The report of a run: its figures as an artifact, and one page that also says how this run went."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from flows.execution import Event, Execution, Pending
 from flows.summary import stage_rows, summarize
 from storage.artifacts import ArtifactStore
 from storage.durable import make_writable_folder, write_durably
+from storage.errors import StorageError
 from storage.manifest import LIBRARIES, Ref
 from tasks.cached import references
 from tasks.figures import Shown, draw_figures, read_figures
@@ -134,9 +136,11 @@ def write_page(store: ArtifactStore, figures: Ref, run: str, value: dict[str, An
     from tasks.report import run_page
 
     drawn = read_figures(store, figures)
-    page = _write_figures(store.root / "reports" / run, drawn) / PAGE
-    write_durably(page, run_page(value, drawn).encode())
-    return page
+    folder = store.root / "reports" / run
+    with _writing(folder):
+        _write_figures(folder, drawn)
+        write_durably(folder / PAGE, run_page(value, drawn).encode())
+    return folder / PAGE
 
 
 def write_sweep(folder: Path, summary: dict[str, Any], took: Took) -> list[Path]:
@@ -145,19 +149,27 @@ def write_sweep(folder: Path, summary: dict[str, Any], took: Took) -> list[Path]
 
     value = {**summary, **_how(took, summary["recipe"]["device"])}
     drawn = sweep_figures(value)
-    _write_figures(folder, drawn)
     written = [folder / "sweep.json", folder / "sweep.html"]
-    write_durably(written[0], (json.dumps(value, indent=1, default=str) + "\n").encode())
-    write_durably(written[1], sweep_page(value, drawn).encode())
+    with _writing(folder):
+        _write_figures(folder, drawn)
+        write_durably(written[0], (json.dumps(value, indent=1, default=str) + "\n").encode())
+        write_durably(written[1], sweep_page(value, drawn).encode())
     return written
 
 
-def _write_figures(folder: Path, figures: "Sequence[Figure]") -> Path:
-    """Write figures as PNG into a report's folder, and return the folder."""
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as cause:
+        raise StorageError(f"Cannot write the report {folder}: {cause.strerror or cause}.") from cause
+
+
+def _write_figures(folder: Path, figures: "Sequence[Figure]") -> None:
+    """Write figures as PNG into a report's folder."""
     make_writable_folder(folder / "figures", "The folder of reports")
     for each in figures:
         write_durably(folder / "figures" / f"{each.name}.png", each.png)
-    return folder
 
 
 def versions() -> dict[str, str]:

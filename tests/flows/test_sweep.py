@@ -1,5 +1,6 @@
 """Sweeps: which cells there are, what rows say of them, and that a failing cell loses no other."""
 
+import errno
 import functools
 import json
 import math
@@ -37,6 +38,7 @@ from flows.sweep import (
     table_words,
 )
 from storage.artifacts import ArtifactStore
+from storage.errors import StorageError
 from tests.covercal.test_language_tasks import CHOICES, write_task
 from tests.flows.test_cli import Command, command
 from tests.tasks.report.reading import read
@@ -290,6 +292,18 @@ def test_the_main_number_is_the_divergence_else_the_perplexity() -> None:
 TOOK = Took("run", "covercal sweep recipe.yaml", "2026-01-01T00:00:00+00:00", 1.0, ())
 
 # --- what is written -----------------------------------------------------------------------------------------------
+
+
+def test_a_report_that_the_disk_has_no_room_for_is_a_sentence(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    summary = sweep_summary(load_recipe(write_recipe()), [result(0.1, selector="coverage", budget=2)])
+    monkeypatch.setattr("flows.report.write_durably", no_space)
+    with pytest.raises(StorageError, match=r"Cannot write the report .*out: No space left on device\."):
+        write_sweep(tmp_path / "out", summary, TOOK)
 
 
 def test_a_sweep_is_written_as_json_with_null_for_what_is_not_known(write_recipe: WriteRecipe, tmp_path: Path) -> None:
