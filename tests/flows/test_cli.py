@@ -322,7 +322,7 @@ def test_cache_ls_show_and_verify_agree_on_what_is_there(
     assert [each["stage"] for each in shown["inputs"]] == ["statistics", "statistics"]
     assert {each["stage"] for each in shown["read_by"]} == {"measures", "selection", "overview", "report"}
     code, out, _ = command("cache", "verify", "--json")
-    assert (code, json.loads(out)) == (0, {"checked": len(listed), "faults": {}})
+    assert (code, json.loads(out)) == (0, {"checked": len(listed), "faults": {}, "strangers": {}})
 
 
 def test_cache_verify_names_a_flipped_bit_and_exits_with_1(
