@@ -11,6 +11,7 @@ from covercal.errors import InputError
 from covercal.recipe import Model
 
 WEIGHTS = "*.safetensors"
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 NOT_READ = ["*/*", "consolidated*"]  # by transformers, though they are safetensors files of the model
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -94,10 +95,10 @@ def block_count(folder: Path) -> int:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """Return the safetensors files that transformers reads in a folder: those of the index, or the only one."""
-    if (folder / INDEX).is_file():
-        return tuple(folder / name for name in _indexed(folder / INDEX))
-    return (folder / "model.safetensors",)
+    """Return the safetensors files that transformers reads in a folder: the single one, else those of the index."""
+    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+        return (folder / SINGLE,)
+    return tuple(folder / name for name in _indexed(folder / INDEX))
 
 
 def locate_model(model: Model) -> ModelFiles:
@@ -150,7 +151,7 @@ def _folder(folder: Path, name: str, own_code: bool) -> ModelFiles:
     weights = weight_files(folder)
     if not weights[0].is_file():
         raise InputError(
-            f"model.source {folder} has neither model.safetensors nor {INDEX}, of which transformers reads one, but "
+            f"model.source {folder} has neither {SINGLE} nor {INDEX}, of which transformers reads one, but "
             f"{found[0].name}; fetch the missing file."
         )
     tokenizer = tuple(p for name_ in TOKENIZER if (p := folder / name_).is_file())
@@ -235,7 +236,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 def check_shards(folder: Path) -> None:
     """Raise when the index of a sharded model names what is no safetensors file of its folder, or is not there."""
     index = folder / INDEX
-    if index.is_file():
+    if index.is_file() and not (folder / SINGLE).is_file():
         for name in _indexed(index):
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise InputError(f"The index {index} names {name!r}, which is no safetensors file of that folder.")

@@ -246,6 +246,8 @@ def test_weights_that_transformers_does_not_read_are_no_weights(folder: Path) ->
 
 def test_an_index_that_places_no_weight_is_refused(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    assert names(locate(folder).weights)[-1] == WEIGHTS  # which transformers prefers to an index
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
     assert "has no `weight_map`" in complaint(folder)
 
 
