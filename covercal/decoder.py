@@ -191,6 +191,21 @@ def stays_wide(model: PreTrainedModel, storage_dtype: Dtype) -> Callable[[str], 
     return lambda name: pattern.search(name) is not None
 
 
+def check_device_name(device: str) -> None:
+    """Raise when a device is called so on no machine.
+
+    Raises
+    ------
+    InputError
+        Naming it.
+    """
+    try:
+        torch.device("cpu" if device == "auto" else device)
+    except RuntimeError as cause:
+        said = str(cause).splitlines()[0]
+        raise InputError(f"device {device!r} is not available here ({said}); use auto or cpu.") from cause
+
+
 def pick_device(device: str) -> torch.device:
     """Return the device for `auto` or a name; `auto` is the first CUDA device, else the CPU.
 
@@ -374,20 +389,19 @@ def describe_decoder(folder: Path, *, trust_remote_code: bool = False) -> Decode
     return Decoder(model, path, blocks, ())
 
 
-def most_positions(model: PreTrainedModel) -> int | None:
+def most_positions(decoder: Decoder) -> int | None:
     """Return how many tokens a model can read that looks their positions up in a table; None where there is none.
 
     Rotary and linearly biased positions go on for ever; tables, learned or computed, end.
     """
+    model, body = decoder.model, decoder.body
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(most, int):
         return None
-    tables = [
-        m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()
-    ]
-    tables += [each for each in model.buffers() if each.ndim == 2]
-    ends = any(most <= len(table) <= most + POSITIONS_AHEAD for table in tables)
-    return most if ends else None
+    of_tokens = model.get_input_embeddings()
+    lengths = [m.num_embeddings for m in body.modules() if isinstance(m, nn.Embedding) and m is not of_tokens]
+    lengths += [len(each) for name, each in body.named_buffers() if each.ndim == 2 and "pos" in name.split(".")[-1]]
+    return most if any(most <= length <= most + POSITIONS_AHEAD for length in lengths) else None
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:

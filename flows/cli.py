@@ -17,8 +17,9 @@ from rich.markup import escape
 
 from covercal.errors import CovercalError, EvaluationError, InputError
 from flows.cache_cli import cache
-from flows.console import AsJson, Offline, new_console, print_json, say, the_store
+from flows.console import AsJson, Offline, new_console, print_json, printable, say, the_store
 from storage.artifacts import ArtifactStore
+from storage.durable import write_durably
 from storage.errors import RemoteSettingsError, StorageError, UnwritableStoreError
 from storage.manifest import Ref
 from tasks.settings import apply_settings
@@ -90,11 +91,13 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
     console = new_console(as_json)
     typed = load_recipe(recipe, overrides or [])
     _header(console, "plan", recipe, overrides)
-    rows = show_plan(typed, the_store(offline=offline), console)
+    rows, refused = show_plan(typed, the_store(offline=offline), console)
     if as_json:
         print_json({"stages": rows})
     left = sum(row["decision"] not in THERE for row in rows)
     console.print(f"{left} of {len(rows)} stages to do", highlight=False)
+    if refused is not None:
+        raise refused
     say(console, f"Next         {_command('run', recipe, overrides)}")
 
 
@@ -198,7 +201,9 @@ def audit(
     console = new_console(as_json)
     typed = load_recipe(recipe, overrides or [])
     source = calibration_source(calibration, text, domain)
-    _header(console, "audit", recipe, overrides, "--calibration", str(calibration))
+    asked = ["--calibration", str(calibration)]
+    asked += [*(["--text", text] if text != "text" else []), *(["--domain", domain] if domain else [])]
+    _header(console, "audit", recipe, overrides, *asked)
     with Display(typed, console) as display, listening(display.progress):
         recorder = Recorder(display.start, display.event)
         found = audit_flow(typed, source, Direct(the_store(offline=offline), recorder))
@@ -316,7 +321,8 @@ def _fail(error: Exception | str, code: int) -> NoReturn:
     if "--verbose" in sys.argv and isinstance(error, Exception):
         traceback.print_exception(error)
     console = Console(file=sys.stderr, soft_wrap=True, highlight=False, emoji=False)
-    console.print(f"[bold red]error[/bold red] {escape(str(error))}")
+    said = "\n".join(map(printable, str(error).splitlines()))
+    console.print(f"[bold red]error[/bold red] {escape(said)}")
     sys.exit(code)
 
 
@@ -385,9 +391,11 @@ def _writing(output: Path) -> Iterator[None]:
 
 def _export(checkpoint: Path, output: Path) -> None:
     """Copy a checkpoint to a new folder: all of it or nothing."""
+    with _writing(output):
+        output.mkdir(parents=True)  # what another made meanwhile stays
     try:
         with _writing(output):
-            shutil.copytree(checkpoint, output, ignore=shutil.ignore_patterns("MANIFEST.json"))
+            shutil.copytree(checkpoint, output, ignore=shutil.ignore_patterns("MANIFEST.json"), dirs_exist_ok=True)
     except BaseException:
         shutil.rmtree(output, ignore_errors=True)
         raise
@@ -429,7 +437,10 @@ def _write_calibration(store: ArtifactStore, pool: Ref, selection: Ref, budget: 
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     with _writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("".join(lines), encoding="utf-8")
+        if output.is_file() or not output.exists():
+            write_durably(output, "".join(lines).encode())
+        else:  # a pipe, or a device
+            output.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -66,8 +66,13 @@ def identify(recipe: Recipe, store: ArtifactStore) -> Inputs:
     return Inputs(identify_model(recipe.model, store), sources, texts, tasks)
 
 
-def check_model(recipe: Recipe, inputs: Inputs, execution: Direct) -> Ref | None:
+def check_model(recipe: Recipe, inputs: Inputs, execution: Direct, *, here: bool = True) -> Ref | None:
     """Check the model against the recipe before any heavy work; a GGUF file is unpacked for it, and returned.
+
+    Parameters
+    ----------
+    here
+        Whether the work is to be done on this machine, which must have the device then.
 
     Raises
     ------
@@ -75,12 +80,12 @@ def check_model(recipe: Recipe, inputs: Inputs, execution: Direct) -> Ref | None
         As `check_inputs`.
     """
     imported = execution.run("model", import_model, model=inputs.model) if inputs.model.gguf else None
-    check_inputs(recipe, inputs, model_folder(execution.store, inputs.model, imported))
+    check_inputs(recipe, inputs, model_folder(execution.store, inputs.model, imported), here=here)
     return imported
 
 
-def check_inputs(recipe: Recipe, inputs: Inputs, folder: Any) -> None:
-    """Check the model against the recipe without reading a weight.
+def check_inputs(recipe: Recipe, inputs: Inputs, folder: Any, *, here: bool = True) -> None:
+    """Check the model against the recipe without reading a weight; `here` as in `check_model`.
 
     Raises
     ------
@@ -90,14 +95,14 @@ def check_inputs(recipe: Recipe, inputs: Inputs, folder: Any) -> None:
         holds the result.
     """
     from covercal.checkpoint import check_format
-    from covercal.decoder import describe_decoder, most_positions, pick_device
+    from covercal.decoder import check_device_name, describe_decoder, most_positions, pick_device
     from covercal.errors import QuantizationError
     from covercal.quantization import check_group_size, check_salient
 
-    pick_device(recipe.device)
+    (pick_device if here else check_device_name)(recipe.device)
     trusted = inputs.model.trust_remote_code and not inputs.model.gguf
     decoder = describe_decoder(folder, trust_remote_code=trusted)
-    _check_lengths(recipe, most_positions(decoder.model))
+    _check_lengths(recipe, most_positions(decoder))
     try:
         shapes = decoder.linear_shapes
         check_group_size(shapes, recipe.quantization.group_size)
@@ -108,7 +113,7 @@ def check_inputs(recipe: Recipe, inputs: Inputs, folder: Any) -> None:
 
 
 def _check_lengths(recipe: Recipe, most: int | None) -> None:
-    asked = {"pool.lengths": max(recipe.pool.lengths)}
+    asked = {"pool.sequence_length": max(recipe.pool.lengths)}
     for kind in ("perplexity", "divergence"):
         texts = enumerate(getattr(recipe.evaluation, kind))
         asked |= {f"evaluation.{kind}[{index}].window": text.window for index, text in texts}

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from covercal.errors import InputError
 from covercal.recipe import Recipe
 from flows.chain import run_chain
 from flows.display import Display
@@ -28,20 +29,24 @@ def plan(
     return inputs, conclude(recipe, chain, execution, recorder.events, until=until)
 
 
-def show_plan(recipe: Recipe, store: ArtifactStore, console: Console, *, until: str = "report") -> list[dict[str, Any]]:
-    """Show which stages are cached and which are to do, and why; return the rows.
+def show_plan(
+    recipe: Recipe, store: ArtifactStore, console: Console, *, until: str = "report"
+) -> tuple[list[dict[str, Any]], InputError | None]:
+    """Show which stages are cached and which are to do, and why.
 
-    Raises
-    ------
-    InputError
-        When something is to do that a run would refuse before its work; of a GGUF file only once it has been unpacked.
+    Returns the rows, and the error with which a run would refuse what is to do before its work (of a GGUF file only
+    once it has been unpacked).
     """
     with Display(recipe, console, planned=True) as display:
         recorder = Recorder(display.start, display.event)
         inputs, _ = plan(recipe, store, recorder, until=until)
+    refused = None
     if is_complete(event for event in recorder.events if event.label == "model") and not is_complete(recorder.events):
-        check_model(recipe, inputs, Direct(store, Recorder()))
-    return stage_rows(recorder.events)
+        try:
+            check_model(recipe, inputs, Direct(store, Recorder()), here=False)
+        except InputError as error:
+            refused = error
+    return stage_rows(recorder.events), refused
 
 
 def is_complete(events: Iterable[Event]) -> bool:

@@ -142,7 +142,10 @@ class ArtifactStore:
         planned
             Requests by key that a plan has made and nothing has answered yet: what an input was to be made from.
         """
-        others = [(_known(m), m.created) for m in self.manifests(request.stage) if m.key != request.key]
+        try:
+            others = [(_known(m), m.created) for m in self.manifests(request.stage) if m.key != request.key]
+        except StorageError as fault:  # of artifacts that this build does not need
+            return f"not in the store; why cannot be told: {fault}"
 
         def find(stage: str, key: str) -> Known | None:
             if planned is not None and key in planned:

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,6 +41,7 @@ class Claims:
         self._mine = self._folder / f"{os.getpid()}-{uuid.uuid4().hex}.keys"
         self._held: tuple[FileLock, int] | None = None  # and the inode of its file
         self._users: dict[str, set[int]] = {}  # threads by key
+        self._lost: set[str] = set()  # keys whose notes were deleted
         self._lock = threading.Lock()
 
     def claim(self, key: str) -> None:
@@ -49,41 +50,48 @@ class Claims:
         Who may only read a store cannot keep its owner from deleting.
         """
         with self._lock:
-            self._forget_if_wiped()
-            if key in self._users:
-                self._users[key].add(threading.get_ident())
-            if key in self._users or not self._root.is_dir():
+            self._look_after_notes()
+            wanted = self._lost | ({key} - self._users.keys())
+            if wanted and not self._root.is_dir():
                 return
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                with self._passing():
-                    if self._held is None:
-                        held = _lock_of(self._mine)
-                        held.acquire()
-                        self._held = held, Path(held.lock_file).stat().st_ino
-                        self._mine.touch()
-                        self._mine.chmod(NOTES_MODE)
-                    with self._mine.open("a", encoding="ascii") as notes:
-                        notes.write(f"\n{key}\n")  # a note before this one may be torn
+                self._note(wanted)
             except OSError as cause:
                 if cause.errno in READ_ONLY:
                     return
                 raise StorageError(
                     f"Cannot note in {self._folder} what is in use: {cause.strerror or cause}."
                 ) from cause
-            self._users[key] = {threading.get_ident()}
+            self._lost.clear()
+            self._users.setdefault(key, set()).add(threading.get_ident())
 
-    def _forget_if_wiped(self) -> None:
-        """Begin anew when somebody deleted the cache folder, and with it what this process noted."""
-        if self._held is not None:
-            held, inode = self._held
-            try:
-                wiped = Path(held.lock_file).stat().st_ino != inode
-            except OSError:
-                wiped = True
-            if wiped:
-                held.release()
-                self._held, self._users = None, {}
+    def _note(self, keys: Collection[str]) -> None:
+        if not keys:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with self._passing():
+            if self._held is None:
+                held = _lock_of(self._mine)
+                held.acquire()
+                self._held = held, Path(held.lock_file).stat().st_ino
+                self._mine.touch()
+                self._mine.chmod(NOTES_MODE)
+            with self._mine.open("a", encoding="ascii") as notes:
+                notes.writelines(f"\n{key}\n" for key in sorted(keys))  # a note before these may be torn
+
+    def _look_after_notes(self) -> None:
+        """See whether somebody deleted the cache folder, or its locks, and with them what this process noted."""
+        if self._held is None:
+            return
+        held, inode = self._held
+        try:
+            there = Path(held.lock_file).stat().st_ino == inode
+        except OSError:
+            there = False
+        if not there:
+            held.release()
+            self._held = None
+            self._lost |= self._users.keys()
 
     def leave(self, key: str) -> None:
         """Note that this thread found nothing to use under a key; what the process noted stays."""

@@ -2,6 +2,8 @@
 
 import filecmp
 import functools
+import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from covercal.errors import InputError
+from covercal.model_files import weight_files
 from storage.artifacts import ArtifactStore
 from storage.manifest import Ref
 from tasks.cached import Build, cached
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 _loaded: dict[tuple[Any, ...], "Decoder"] = {}
 _judged: dict[tuple[str, str, str], "Decoder"] = {}
 _loading = threading.Lock()
+OWN_CLASS = re.compile(r"\w+\.\w+|None")  # of a module beside the configuration
 
 
 @cached("model", version=2)
@@ -127,8 +131,8 @@ def _shared_decoder(
 
 
 def _stamps(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """Return name, number, size and time of change of every file of a folder."""
-    found = ((each.name, each.stat()) for each in sorted(folder.iterdir()) if each.is_file())
+    """Return name, number, size and time of change of the files that a model is read from."""
+    found = ((each.name, each.stat()) for each in (folder / "config.json", *weight_files(folder)))
     return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found)
 
 
@@ -161,14 +165,32 @@ def trusts(model: ModelIdentity, imported: Ref | None) -> bool:
 
 
 def trusts_copy(model: ModelIdentity, folder: Path) -> bool:
-    """Return whether code in a checkpoint may run: only what is, byte for byte, the code of a model that is trusted."""
+    """Return whether code in a checkpoint may run: only what is, byte for byte, the code of a model that is trusted.
+
+    Its configurations may name no code elsewhere, which transformers would fetch, or read from another folder.
+    """
     own = Path(model.folder)
     code = [path.relative_to(folder) for path in folder.rglob("*.py")]
     return (
         bool(code)
         and trusts(model, None)
         and all((own / each).is_file() and filecmp.cmp(own / each, folder / each, shallow=False) for each in code)
+        and all(OWN_CLASS.fullmatch(name) for path in folder.glob("*config*.json") for name in _classes_in(path))
     )
+
+
+def _classes_in(path: Path) -> Iterator[str]:
+    """Yield the names of the classes that a JSON file wants loaded from code, wherever in it."""
+    values: list[Any] = [json.loads(path.read_bytes())]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            values.extend(value.values())
+            named = value.get("auto_map")
+            for each in named.values() if isinstance(named, dict) else ():
+                yield from map(str, each if isinstance(each, list) else [each])
+        elif isinstance(value, list):
+            values.extend(value)
 
 
 def load_tokenizer(store: ArtifactStore, model: ModelIdentity, imported: Ref | None) -> Any:

@@ -432,7 +432,7 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, ran: Path, imported: Imported
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("change", ["nothing", "another line", "another file", "no trust"])
+@pytest.mark.parametrize("change", ["nothing", "another line", "another file", "no trust", "elsewhere"])
 def test_a_checkpoint_runs_code_of_the_trusted_model_alone(
     tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -448,6 +448,10 @@ def test_a_checkpoint_runs_code_of_the_trusted_model_alone(
         code.write_text(code.read_text() + "\n")
     elif change == "another file":
         (checkpoint / "more.py").write_text("")
+    elif change == "elsewhere":
+        config = json.loads((checkpoint / "config.json").read_text())
+        config["auto_map"]["AutoModelForCausalLM"] = f"{tmp_path}--evil.OwnModel"
+        (checkpoint / "config.json").write_text(json.dumps(config))
     elif change == "no trust":
         model = dataclasses.replace(model, trust_remote_code=False)
     assert trusts_copy(model, checkpoint) == (change == "nothing")

@@ -26,6 +26,7 @@ from covercal.decoder import (
     block_inputs,
     describe_decoder,
     final_hidden,
+    find_blocks,
     head_logits,
     linear_of,
     load_decoder,
@@ -253,7 +254,8 @@ def test_a_block_without_a_linear_is_refused_by_its_number() -> None:
 )
 def test_a_table_of_positions_ends(config: Any, most: int | None) -> None:
     with torch.device("meta"):
-        assert most_positions(AutoModelForCausalLM.from_config(config)) == most
+        model = AutoModelForCausalLM.from_config(config)
+    assert most_positions(Decoder(model, *find_blocks(model), ())) == most
 
 
 def test_a_model_whose_blocks_cannot_be_found_is_refused() -> None:

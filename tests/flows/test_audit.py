@@ -351,7 +351,7 @@ def test_brackets_in_texts_and_domains_are_shown_as_they_are_and_control_charact
     path = write_recipe(outliers=FEW, pool={"sources": [{"path": str(texts), "domain": "kind"}]})
     code, out, _ = command("audit", path, "--calibration", own, "--domain", "kind")
     assert (code, "\x1b" in out) == (0, False)
-    assert out.startswith(f"covercal audit {path} --calibration '{own}'\n")
+    assert out.startswith(f"covercal audit {path} --calibration '{own}' --domain kind\n")
     top, helping = out.split("Would add most")
     assert "[/r/ ]0;code]" in top
     assert "[/r/ ]0;code]" in helping

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from covercal.errors import CovercalError
 from covercal.recipe import load_recipe
 from flows import cli
 from storage.artifacts import ArtifactStore
@@ -249,6 +250,25 @@ def test_a_plan_refuses_what_a_run_refuses_before_its_work(
     assert "checkpoint" in out
 
 
+def test_a_plan_may_be_made_where_the_device_is_not(command: Command, write_recipe: WriteRecipe) -> None:
+    assert command("plan", write_recipe(evaluation={"divergence": []}), "--set", "device=cuda:7")[0] == 0
+
+
+def test_a_checkpoint_is_not_put_where_another_has_made_a_folder_meanwhile(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("of another")
+    (tmp_path / "made").mkdir()
+    with pytest.raises(CovercalError, match="could not be written"):
+        cli._export(tmp_path / "made", tmp_path / "out")
+    assert (tmp_path / "out" / "precious.txt").read_text() == "of another"
+
+
+def test_an_error_shows_control_characters_and_does_not_send_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli._fail("two\nlines\x1b[2J", 1)
+    assert capsys.readouterr().err == "error two\nlines [2J\n"
+
+
 def test_a_plan_unpacks_no_model(
     command: Command, write_recipe: WriteRecipe, store: ArtifactStore, tmp_path: Path
 ) -> None:
@@ -260,7 +280,7 @@ def test_a_plan_unpacks_no_model(
 def test_what_another_process_built_is_not_to_do(
     command: Command, write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.plan.show_plan", lambda *_: [{"decision": "waited"}, {"decision": "waits"}])
+    monkeypatch.setattr("flows.plan.show_plan", lambda *_: ([{"decision": "waited"}, {"decision": "waits"}], None))
     assert "1 of 2 stages to do" in command("plan", write_recipe())[1]
 
 

@@ -510,7 +510,7 @@ def test_a_gguf_file_without_one_of_the_weights_is_refused_by_name(
 @pytest.mark.parametrize(
     ("section", "field"),
     [
-        ({"pool": {"sequence_length": 65}}, "pool.lengths"),
+        ({"pool": {"sequence_length": 65}}, "pool.sequence_length"),
         ({"evaluation": {"perplexity": [{"path": "long.txt", "window": 66}]}}, "evaluation.perplexity[0].window"),
     ],
 )

@@ -245,6 +245,14 @@ def test_claims_begin_anew_when_the_cache_folder_was_wiped(root: Path, made_agai
     assert used(root) >= {KEY}
 
 
+def test_all_claims_are_noted_again_when_the_notes_alone_were_deleted(root: Path) -> None:
+    claims = Claims(root)
+    claims.claim(KEY)
+    shutil.rmtree(root / "locks")
+    claims.claim(OTHER)
+    assert used(root) == {KEY, OTHER}
+
+
 @pytest.fixture
 def shared(public_folder: Path) -> Path:
     """A cache folder that every user can write to."""
