@@ -8,7 +8,6 @@ of its own whose greatest resident memory is reported, the test data (bits and w
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.real_model import report
+from benchmarks.real_model import peak_memory, report
 from covercal.coverage import PackedBits, greedy_cover
 
 SAMPLES, CHANNELS, BUDGET, ROUNDS = 10_000, 5_000, 256, 5
@@ -70,7 +69,7 @@ def large() -> dict[str, Any]:
     started = time.perf_counter()
     cover = greedy_cover(PackedBits(bits, LARGE_CHANNELS), weights, LARGE_BUDGET)
     seconds = time.perf_counter() - started
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = peak_memory()
     return {"seconds": round(seconds, 2), "resident_bytes": memory, "rounds": int(cover.rounds[-1]) + 1}
 
 

@@ -10,7 +10,6 @@ of its own. The peak of that process is set beside its limit: two blocks as they
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.real_model import report
+from benchmarks.real_model import peak_memory, report
 
 SHAPE = {
     "vocab_size": 32000,
@@ -98,7 +97,7 @@ def quantise(folder: Path, run: int, tokens: int, dtype: str, method: str) -> di
     kept += 3 * config.hidden_size + config.intermediate_size if compares else 0  # what the original's sites read
     activations = item * tokens * ((2 if compares else 1) * config.hidden_size + kept)
     return {
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak": peak_memory(),
         "block": block_bytes,
         "activations": activations,
         "seconds": seconds / run,

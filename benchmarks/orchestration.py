@@ -116,7 +116,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ |= {"COVERCAL_CACHE": str(folder / "cache"), "PREFECT_HOME": str(folder / "prefect")}
-        os.environ |= {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
+        os.environ |= {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL", "COVERCAL_OFFLINE": "1"}
         os.environ.pop("PREFECT_API_URL", None)
         path = folder / "recipe.yaml"
         path.write_text(json.dumps(tiny.recipe_value(folder / "files", pool={"samples": 64})), encoding="utf-8")

@@ -11,7 +11,6 @@ of the rounds; a ratio is that to the reading of the same round.
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.real_model import report
+from benchmarks.real_model import peak_memory, report
 from storage.arrays import write_array
 from storage.artifacts import ArtifactStore
 from storage.manifest import Ref, Request
@@ -118,7 +117,7 @@ def measure(what: str, root: Path) -> None:
     found |= {
         "seconds": round(time.perf_counter() - started, 3),
         "bytes_read": bytes_read() - before,
-        "resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "resident_bytes": peak_memory(),
     }
     sys.stdout.write(json.dumps(found) + "\n")
 

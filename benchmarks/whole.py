@@ -184,6 +184,10 @@ def main() -> None:
     if given.here:
         quantise_here(json.loads(given.here))
         return
+    if given.pool is None:
+        parser.error("the pool of texts is missing, such as my-texts.jsonl.gz")
+    if wrong := set(given.sides or ()) - {side.name for side in SIDES}:
+        parser.error(f"there is no side {', '.join(sorted(wrong))}; there are {', '.join(side.name for side in SIDES)}")
     console, store = Console(stderr=True), open_store()
     sides = [side for side in SIDES if given.sides is None or side.name in given.sides]
     pythons = {side.peer: interpreter(side.peer, console) for side in sides if side.peer}

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from covercal.errors import CovercalError, InputError
 from flows.notify import NOTIFY
@@ -89,9 +90,11 @@ def deploy(
         async with get_client() as client:
             await _ensure_pool(client, at_once)
             notified = await _ensure_webhook(client, webhook)
-            on = await _active_schedules(client)
+            before = {name: await _read(client, name) for name in DEPLOYMENTS}
+            on = _switched_on(before)
             _prefect_deploy(await _recipe(client, recipe), notified=notified)
             wanted = on | {SCHEDULED} if nightly else on - {SCHEDULED} if nightly is False else on
+            await _keep_times(client, before)
             await _activate(client, wanted)
             await _ensure_automations(client)
             return await _deployed(client)
@@ -159,10 +162,21 @@ async def _read(client: "PrefectClient", name: str) -> "DeploymentResponse | Non
     return None
 
 
-async def _active_schedules(client: "PrefectClient") -> set[str]:
+def _switched_on(deployments: Mapping[str, Any]) -> set[str]:
     """Return the deployments whose schedule somebody has switched on: to deploy again would switch it off."""
-    found = {name: await _read(client, name) for name in DEPLOYMENTS}
-    return {name for name, each in found.items() if each and any(schedule.active for schedule in each.schedules)}
+    return {name for name, each in deployments.items() if each and any(schedule.active for schedule in each.schedules)}
+
+
+async def _keep_times(client: "PrefectClient", before: Mapping[str, Any]) -> None:
+    """Put back the times that schedules had: to deploy again has set those of `prefect.yaml`."""
+    for name, each in before.items():
+        found = await _read(client, name)
+        if each is None or found is None:
+            continue
+        times = {schedule.slug: schedule.schedule for schedule in each.schedules}
+        for schedule in found.schedules:
+            if times.get(schedule.slug, schedule.schedule) != schedule.schedule:
+                await client.update_deployment_schedule(found.id, schedule.id, schedule=times[schedule.slug])
 
 
 async def _recipe(client: "PrefectClient", given: Path | None) -> str:
@@ -255,4 +269,6 @@ async def _deployed(client: "PrefectClient") -> Deployed:
         found = await client.read_deployment_by_name(name)
         pages[name] = f"{ui}/deployments/deployment/{found.id}" if ui else ""
     recipe = await _recipe(client, None)
-    return Deployed(pages, recipe, pool.concurrency_limit, SCHEDULED in await _active_schedules(client))
+    return Deployed(
+        pages, recipe, pool.concurrency_limit, SCHEDULED in _switched_on({SCHEDULED: await _read(client, SCHEDULED)})
+    )

@@ -245,7 +245,7 @@ def sweep_name(recipe: Recipe) -> str:
 
 def model_name(recipe: Recipe) -> str:
     """Return the model's name in lower case, without its folder."""
-    return Path(recipe.model.source).stem.lower()
+    return Path(recipe.model.source).name.removesuffix(".gguf").lower()
 
 
 def grid_name(recipe: Recipe, method: str | None = None) -> str:

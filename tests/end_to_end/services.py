@@ -179,6 +179,11 @@ class Server:
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
+    def patch(self, path: str, body: Any) -> None:
+        """Ask the API to change something."""
+        answer = httpx.patch(self.url + path, json=body, auth=tuple(PASSWORD.split(":")), timeout=30)
+        answer.raise_for_status()
+
     def delete(self, path: str) -> None:
         """Ask the API to delete something."""
         httpx.delete(self.url + path, auth=tuple(PASSWORD.split(":")), timeout=30).raise_for_status()

@@ -71,6 +71,19 @@ def test_a_schedule_that_is_switched_on_stays_on_until_it_is_switched_off(team: 
     assert automations(team) == before  # to write them again would make them forget which runs they wait for
 
 
+def test_a_schedule_keeps_the_time_that_somebody_gave_it(team: Team) -> None:
+    found = team.deployment("quantize")
+    place = f"/deployments/{found['id']}/schedules/{found['schedules'][0]['id']}"
+    usual = {"cron": "0 2 * * *", "timezone": "UTC"}
+    team.server.patch(place, {"schedule": {"cron": "30 4 * * 1", "timezone": "Europe/Berlin"}})
+    team.deploy(team.server.folder / "recipe.yaml", "--nightly")
+    (schedule,) = team.deployment("quantize")["schedules"]
+    assert (schedule["active"], schedule["schedule"]["cron"]) == (True, "30 4 * * 1")
+    assert schedule["schedule"]["timezone"] == "Europe/Berlin"
+    team.server.patch(place, {"schedule": usual})
+    team.deploy(team.server.folder / "recipe.yaml", "--no-nightly")
+
+
 def test_a_form_that_is_filled_in_wrongly_is_refused_at_once(team: Team) -> None:
     import httpx
 
