@@ -20,6 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from covercal.decoder import DTYPES, Decoder, stays_wide
 from covercal.errors import QuantizationError
 from covercal.experts import checkpoint_names, has_experts, is_linear, keeps_together, put_together, skeleton_of
+from covercal.model_files import ELSEWHERE
 from covercal.quantization import QuantizedBlock, QuantizedLinear, dequantized
 from covercal.quantization_settings import Dtype, Quantization
 from covercal.transposed import turned_weights
@@ -215,6 +216,7 @@ class CheckpointWriter:
         config.architectures = [type(model).__name__]
         if model.is_remote_code():
             custom_object_save(model, folder, config=config)
+            config.auto_map = {name: each for name, each in config.auto_map.items() if ELSEWHERE not in str(each)}
         config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)

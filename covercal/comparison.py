@@ -35,7 +35,7 @@ class PairedDifference:
         95% confidence interval of the mean; NaN for fewer than `FEWEST` items whose values are not all 0 or 1, unless
         no item differs.
     p_value
-        Two-sided probability of a difference at least as large when the models are equal.
+        Two-sided probability of a difference at least as large when the models are equal; NaN where the interval is.
     test
         How interval and probability were found.
     """
@@ -151,7 +151,7 @@ def _compare_means(differences: Floats, weights: Floats, seed: int) -> PairedDif
     if not differences.any():
         return PairedDifference(0.0, 0.0, 0.0, 1.0, BOOTSTRAP)
     if items < FEWEST:
-        return PairedDifference(mean, math.nan, math.nan, 1.0, FEW_ITEMS)
+        return PairedDifference(mean, math.nan, math.nan, math.nan, FEW_ITEMS)
     if np.all(differences == differences[0]):
         return PairedDifference(mean, mean, mean, floor, BOOTSTRAP)
     drawn = np.sort(np.concatenate(list(_resampled(differences, weights, seed))))

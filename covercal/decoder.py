@@ -450,16 +450,16 @@ def check_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
             if parameter.squeeze().ndim >= 2 and not is_router(module, parameter)
         ]
         inside = sum(linear.weight.numel() for _, linear in _linears(block))
-        if not inside:
-            raise InputError(
-                f"Block {index} of {type(model).__name__} has no linear layer to quantise; covercal quantises models "
-                "all of whose blocks have some."
-            )
         if sum(size for size, *_ in outside) > SMALL_SHARE * inside:
             _, name, kind, shape = max(outside)
             raise InputError(
                 f"Block {index} of {type(model).__name__} keeps weights in `{name}` ({kind}, shape {shape}); "
                 "covercal quantises nn.Linear layers only."
+            )
+        if not inside:
+            raise InputError(
+                f"Block {index} of {type(model).__name__} has no linear layer to quantise; covercal quantises models "
+                "all of whose blocks have some."
             )
 
 

@@ -40,6 +40,9 @@ TOKENIZER = (
     "chat_template.jinja",
     *PROCESSOR,
 )
+TIKTOKEN = "*.tiktoken"  # vocabularies of tokenizers that bring code along
+ELSEWHERE = "--"  # between the repository and the name of a class whose code is not beside the configuration
+LOADED = ("AutoConfig", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoTokenizer")
 WIDE = ("F16", "BF16", "F32", "F64")  # what weights that are not quantised are stored as
 READS_MORE = "ForConditionalGeneration"  # end of an architecture that reads images or sound beside text
 
@@ -122,7 +125,8 @@ def locate_model(model: Model) -> ModelFiles:
 def _gguf(path: Path) -> ModelFiles:
     if not path.is_file():
         raise InputError(f"model.source: there is no GGUF file {path}.")
-    if part := re.search(r"-\d{5}-of-(\d{5})\.gguf$", path.name):
+    part = re.search(r"-\d{5}-of-(\d{5})\.gguf$", path.name)
+    if part and int(part[1]) > 1:
         raise InputError(
             f"model.source {path} is one of {int(part[1])} parts of a GGUF model; put them together first "
             "(llama-gguf-split --merge)."
@@ -155,12 +159,15 @@ def _folder(folder: Path, name: str, own_code: bool) -> ModelFiles:
             f"{found[0].name}; fetch the missing file."
         )
     tokenizer = tuple(p for name_ in TOKENIZER if (p := folder / name_).is_file())
+    tokenizer += tuple(sorted(folder.glob(TIKTOKEN)))
     if all(p.name in PROCESSOR for p in tokenizer):
         raise InputError(f"model.source {folder} has no tokenizer files (tokenizer.json or tokenizer.model).")
     configs = (p for c in CONFIGS if (p := folder / c).is_file())
     code = sorted(folder.glob("*.py")) if own_code else []
     files = ModelFiles(name, folder, "", (*configs, *code, *weights), (*tokenizer, *code))
     _check_decoder(files)
+    if own_code:
+        _check_own_code(folder)
     for each in weights:
         _check_safetensors(each)
     return files
@@ -223,6 +230,19 @@ def _check_decoder(files: ModelFiles) -> None:
                 )
 
 
+def _check_own_code(folder: Path) -> None:
+    """Raise when code that the model needs lies in another repository: it would be no part of what is fingerprinted."""
+    for name in ("config.json", "tokenizer_config.json"):
+        found = _json_object(folder / name).get("auto_map") if (folder / name).is_file() else None
+        classes = found if isinstance(found, dict) else {}
+        for kind in LOADED:
+            if ELSEWHERE in str(classes.get(kind)):
+                raise InputError(
+                    f"{folder / name} takes {kind} from another repository ({classes[kind]}); copy that code into the "
+                    "folder, and name it there as MODULE.CLASS."
+                )
+
+
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
@@ -282,7 +302,7 @@ def _download(model: Model) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [WEIGHTS, *CONFIGS, *TOKENIZER, INDEX]
+    patterns = [WEIGHTS, *CONFIGS, *TOKENIZER, TIKTOKEN, INDEX]
     if model.trust_remote_code:
         patterns.append("*.py")
     try:

@@ -283,7 +283,7 @@ def _measured(scores: dict[str, Any], name: str) -> str:
 
 def _score(task: dict[str, Any], model: str) -> str:
     found = task["scores"].get(model)
-    return no_score(task, model) if found is None else _with_interval(found["value"], found["error"])
+    return no_score(task, model) if found is None else _with_interval(found["value"], found["error"], task["items"])
 
 
 def no_score(task: dict[str, Any], model: str) -> str:

@@ -132,7 +132,8 @@ def _shared_decoder(
 
 def _stamps(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
     """Return name, number, size and time of change of the files that a model is read from."""
-    found = ((each.name, each.stat()) for each in (folder / "config.json", *weight_files(folder)))
+    files = (folder / "config.json", *weight_files(folder))
+    found = ((each.name, each.stat()) for each in files if each.exists())  # else told where it is read
     return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found)
 
 

@@ -440,6 +440,9 @@ def test_a_checkpoint_runs_code_of_the_trusted_model_alone(
     folder = tiny.save_model(tmp_path / "model")
     add_code(folder, ran)
     model = identify_model(Model(source=str(folder), trust_remote_code=True), ArtifactStore(tmp_path / "c").prepare())
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoModel"] = "org/base--modeling.Body"  # which nothing loads
+    (folder / "config.json").write_text(json.dumps(config))
     decoder = load_decoder(folder, "float32", torch.device("cpu"), trust_remote_code=True)
     checkpoint = tmp_path / "checkpoint"
     write_checkpoint(checkpoint, decoder, [], Quantization(method="rtn", bits=4, group_size=16, symmetric=True))

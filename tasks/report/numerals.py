@@ -99,7 +99,7 @@ def duration(seconds: Any) -> str:
 def half_width(error: Any, sequences: Any = None) -> float:
     """Return half the width of the 95% interval of a standard error; NaN when it is not known.
 
-    Student's t where the error is over so many sequences, which may be few; else the normal distribution.
+    Student's t where the error is over so many sequences or items, which may be few; else the normal distribution.
     """
     if not known(error):
         return math.nan

@@ -283,7 +283,10 @@ def in_shares(task: Mapping[str, Any]) -> bool:
 def _task_row(task: Mapping[str, Any]) -> ResultRow:
     share = in_shares(task)
     shown = _share if share else _plain
-    values = {m: shown({"v": s.get("value"), "v_error": s.get("error")}, "v") for m, s in task["scores"].items()}
+    values = {
+        m: shown({"v": s.get("value"), "v_error": s.get("error"), "sequences": task.get("items")}, "v")
+        for m, s in task["scores"].items()
+    }
     better = bool(task.get("higher_is_better", True))
     found = {
         rival: words

@@ -203,7 +203,7 @@ def task_scores(summary: Summary) -> list[Figure]:
     """Draw the score of every model on every task, with 95% intervals."""
     tasks = [task for task in summary["tasks"] if task.get("scores")]
     rows = [
-        DotRow(one_line(task["task"]), {m: _task_dot(s) for m, s in task["scores"].items() if m in MARKS})
+        DotRow(one_line(task["task"]), {m: _task_dot(s, task) for m, s in task["scores"].items() if m in MARKS})
         for task in tasks
     ]
     names = models_of(summary, {model for row in rows for model in row.dots})
@@ -233,9 +233,9 @@ def task_scores(summary: Summary) -> list[Figure]:
     ]
 
 
-def _task_dot(score: dict[str, Any]) -> Dot:
+def _task_dot(score: dict[str, Any], task: dict[str, Any]) -> Dot:
     value = float(score["value"]) if known(score.get("value")) else math.nan
-    half = half_width(score.get("error"))
+    half = half_width(score.get("error"), task.get("items"))
     return Dot(value, value - half, value + half)
 
 

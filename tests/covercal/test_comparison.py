@@ -239,17 +239,15 @@ def test_two_equal_models_differ_significantly_about_once_in_20(monkeypatch: pyt
 
 def test_a_single_item_has_a_difference_and_no_interval() -> None:
     found = paired_difference([2.5], [1.0])
-    assert (found.mean, found.p_value, found.test) == (1.5, 1.0, FEW_ITEMS)
-    assert math.isnan(found.low)
-    assert math.isnan(found.high)
+    assert (found.mean, found.test) == (1.5, FEW_ITEMS)
+    assert all(map(math.isnan, (found.low, found.high, found.p_value)))
 
 
 @pytest.mark.parametrize("items", [2, 3, 5])
 def test_fewer_items_than_signs_could_tell_apart_have_no_interval(items: int) -> None:
     found = paired_difference(*skewed(items, 0))
-    assert (found.p_value, found.test) == (1.0, FEW_ITEMS)
-    assert math.isnan(found.low)
-    assert math.isnan(found.high)
+    assert found.test == FEW_ITEMS
+    assert all(map(math.isnan, (found.low, found.high, found.p_value)))
 
 
 @pytest.mark.parametrize("items", [6, 8, 12])
@@ -308,7 +306,7 @@ def test_what_cannot_be_compared_is_refused(
 
 def test_what_is_no_number_is_null_in_json() -> None:
     assert paired_difference([0.5], [0.25]).plain() == {
-        "mean": 0.25, "low": None, "high": None, "p_value": 1.0, "test": FEW_ITEMS
+        "mean": 0.25, "low": None, "high": None, "p_value": None, "test": FEW_ITEMS
     }  # fmt: skip
 
 

@@ -234,6 +234,18 @@ def test_a_block_with_weights_outside_linears_is_refused_by_name_and_class() -> 
         make_decoder(model)
 
 
+def test_a_block_of_linears_of_its_own_kind_is_told_by_what_it_keeps() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(WIDTH, WIDTH))
+
+    model = tiny_model()
+    model.model.layers[1] = nn.ModuleDict({"proj": Own()})
+    with pytest.raises(InputError, match=r"Block 1 of LlamaForCausalLM keeps weights in `proj\.weight` \(Own"):
+        make_decoder(model)
+
+
 def test_a_block_without_a_linear_is_refused_by_its_number() -> None:
     model = tiny_model()
     model.model.layers[1] = nn.Identity()

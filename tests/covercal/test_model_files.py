@@ -268,7 +268,9 @@ def test_quantised_weights_that_no_configuration_tells_of_are_refused(folder: Pa
 
 def test_every_file_that_decides_tokens_is_found(folder: Path) -> None:
     (folder / "tekken.json").write_text("{}")
-    assert "tekken.json" in names(locate(folder).tokenizer)
+    (folder / "own.tiktoken").write_text("IQ== 0")
+    assert {"tekken.json", "own.tiktoken"} <= set(names(locate(folder).tokenizer))
+    (folder / "own.tiktoken").unlink()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     assert names(locate(folder).tokenizer) == ["tekken.json"]
@@ -283,9 +285,20 @@ def test_a_gguf_file_is_its_own_weights_and_tokenizer(tmp_path: Path) -> None:
     assert locate(path) == ModelFiles("tiny-q4", tmp_path, "tiny-q4.gguf", (path,), (path,))
 
 
+def test_code_of_another_repository_is_refused_where_it_would_be_run(folder: Path) -> None:
+    change_config(folder, auto_map={"AutoModel": "org/base--m.Body", "AutoModelForCausalLM": "m.Model"})
+    assert locate_model(Model(source=str(folder), trust_remote_code=True)).folder == folder
+    change_config(folder, auto_map={"AutoModelForCausalLM": "org/base--m.Model"})
+    assert locate(folder).folder == folder
+    with pytest.raises(InputError, match=r"takes AutoModelForCausalLM from another repository \(org/base--m\.Model\)"):
+        locate_model(Model(source=str(folder), trust_remote_code=True))
+
+
 def test_a_part_of_a_gguf_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "big-00001-of-00003.gguf").write_bytes(b"GGUF\x03\0\0\0")
     assert "is one of 3 parts of a GGUF model; put them together" in complaint(tmp_path / "big-00001-of-00003.gguf")
+    whole = (tmp_path / "big-00001-of-00003.gguf").rename(tmp_path / "big-00001-of-00001.gguf")
+    assert locate(whole).gguf == whole.name
 
 
 def test_a_gguf_file_has_no_configuration_of_its_own(tmp_path: Path) -> None:

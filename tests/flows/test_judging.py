@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import norm, t
+from scipy.stats import t
 
 from covercal.pool import Sample, spread_over_domains
 from covercal.recipe import load_recipe
@@ -122,7 +122,7 @@ def test_the_table_shows_half_the_width_of_the_95_percent_interval_and_says_so(
     half = t.ppf(0.975, scores["sequences"] - 1) * scores["divergence_error"]
     assert lines["KL, nats per token ± 95%"] == f"{scores['divergence']:.4f} ± {half:.4f}"
     score = task["scores"]["run"]
-    half = norm.ppf(0.975) * score["error"]
+    half = t.ppf(0.975, task["items"] - 1) * score["error"]
     assert lines[f"{task['task']}, {task['metric']} ± 95%"] == f"{score['value']:.4f} ± {half:.4f}"
 
 
