@@ -66,7 +66,7 @@ def _dask() -> "Runner":
     try:
         from prefect_dask import DaskTaskRunner
     except ImportError as cause:
-        raise InputError(f"{RUNNER} is dask, which is not installed: pip install covercal's extra `dask`.") from cause
+        raise InputError(f"{RUNNER} is dask, which is missing; install covercal with the extra `dask`.") from cause
     address = os.environ.get(CLUSTER)
     local = {"n_workers": _workers(), "threads_per_worker": 1, "processes": True, "dashboard_address": None}
     found: Runner = DaskTaskRunner(address=address) if address else DaskTaskRunner(cluster_kwargs=local)
@@ -77,7 +77,7 @@ def _ray() -> "Runner":
     try:
         from prefect_ray import RayTaskRunner
     except ImportError as cause:
-        raise InputError(f"{RUNNER} is ray, which is not installed: pip install covercal's extra `ray`.") from cause
+        raise InputError(f"{RUNNER} is ray, which is missing; install covercal with the extra `ray`.") from cause
     address = os.environ.get(CLUSTER)
     found: Runner = RayTaskRunner(address=address) if address else RayTaskRunner(init_kwargs={"num_cpus": _workers()})
     return found

@@ -197,7 +197,7 @@ def test_a_checkpoint_that_cannot_be_copied_leaves_no_half_of_it_and_may_be_copi
     error: OSError,
 ) -> None:
     def copy(source: Path, target: Path, **_: Any) -> None:
-        target.mkdir()
+        target.mkdir(exist_ok=True)
         (target / "model.safetensors").touch()
         raise error
 
