@@ -202,8 +202,7 @@ def check_device_name(device: str) -> None:
     try:
         torch.device("cpu" if device == "auto" else device)
     except RuntimeError as cause:
-        said = str(cause).splitlines()[0]
-        raise InputError(f"device {device!r} is not available here ({said}); use auto or cpu.") from cause
+        raise _no_device(device, cause) from cause
 
 
 def pick_device(device: str) -> torch.device:
@@ -219,10 +218,12 @@ def pick_device(device: str) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as cause:
-        raise InputError(
-            f"device {device!r} is not available here ({str(cause).splitlines()[0]}); use auto or cpu."
-        ) from cause
+        raise _no_device(device, cause) from cause
     return torch.device(device)
+
+
+def _no_device(device: str, cause: Exception) -> InputError:
+    return InputError(f"device {device!r} is not available here ({str(cause).splitlines()[0]}); use auto or cpu.")
 
 
 def free_memory(device: torch.device) -> int:

@@ -108,9 +108,11 @@ def score(
     for index, sequence in enumerate(sequences):
         tokens = token_tensor([sequence], quantized.device)
         states = final_hidden(quantized, tokens)
-        if hidden is None or original is None:
+        if hidden is None:
             loss = np.concatenate(list(_losses(quantized, states, tokens)))
             scores.append(SequenceScores(loss.size, float(loss.mean(dtype=np.float64))))
+        elif original is None:
+            raise ValueError("a divergence needs the original, whose head makes logits of hidden states")
         else:
             rows = hidden[index * sequence.size : (index + 1) * sequence.size]
             reference = torch.from_numpy(rows).to(original.device, original.model.dtype)[None]

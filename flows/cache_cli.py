@@ -41,7 +41,8 @@ def list_artifacts(
         {"stage": m.stage, "key": m.key, "bytes": m.size, "created": m.created, "seconds": m.seconds}
         for m in store.manifests(stage)
     ]
-    near = difflib.get_close_matches(stage or "", {each for each, _ in store.folders()}, n=1, cutoff=NEAR)
+    known = {each for each, _ in store.folders()} if stage else set()
+    near = difflib.get_close_matches(stage or "", known, n=1, cutoff=NEAR)
     if near and stage not in near:
         raise MissingArtifactError(f"No artifact here is of a stage {stage!r}; did you mean {near[0]!r}?")
     if as_json:
