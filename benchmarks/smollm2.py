@@ -24,6 +24,7 @@ from flows.execution import Direct, Event, Recorder
 from flows.inputs import identify
 from flows.summary import summarize
 from storage.artifacts import ArtifactStore
+from storage.durable import build_lock, write_durably
 from tasks.cached import open_store
 from tasks.thresholds import coverage_matrix
 
@@ -33,6 +34,7 @@ HELD_OUT_EVERY = 10
 
 
 def split(pool: Path, folder: Path) -> None:
+    """Write `pool.jsonl` and `heldout.jsonl`, unless they are there: several processes may share them."""
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[str]] = {"pool": [], "heldout": []}
     with gzip.open(pool, "rt", encoding="utf-8") as stream:
@@ -43,8 +45,11 @@ def split(pool: Path, folder: Path) -> None:
                 continue
             kept = {name: row[name] for name in ("text", "domain")}
             parts["heldout" if held else "pool"].append(json.dumps(kept, ensure_ascii=False))
-    for name, lines in parts.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with build_lock(folder / "split.lock"):  # another process may read the files by now
+        for name, lines in parts.items():
+            path, data = folder / f"{name}.jsonl", ("\n".join(lines) + "\n").encode()
+            if not path.is_file() or path.read_bytes() != data:
+                write_durably(path, data)
 
 
 def recipe(
