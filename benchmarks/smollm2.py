@@ -34,7 +34,7 @@ HELD_OUT_EVERY = 10
 
 
 def split(pool: Path, folder: Path) -> None:
-    """Write `pool.jsonl` and `heldout.jsonl`, unless they are there: several processes may share them."""
+    """Write `pool.jsonl` and `heldout.jsonl`; equal files stay as they are, for other processes may read them."""
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[str]] = {"pool": [], "heldout": []}
     with gzip.open(pool, "rt", encoding="utf-8") as stream:
